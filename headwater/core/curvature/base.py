@@ -1,0 +1,107 @@
+"""What every curvature offers: one operation, a function of its eigenvalues applied to gradients."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from headwater.core.capture import BatchPlan, Capture, Progress
+from headwater.core.examples import Examples
+from headwater.core.gradients import Block, Gradients, inner
+
+SpectralFunction = Callable[[Tensor, float], Tensor]
+
+
+class Preconditioned:
+    """Preconditioned queries, ready for inner products with training gradients.
+
+    Args:
+        queries: The preconditioned gradients.
+    """
+
+    def __init__(self, queries: Gradients):
+        self.queries = queries
+        self.n = len(queries)
+
+    def layer(self, name: str, block: Block) -> Tensor:
+        """One layer's part of the inner products with a batch (query, batch)."""
+        return inner(self.queries.blocks[name], block)
+
+    def finish_batch(self) -> Tensor | None:
+        """What is left to add to the inner products once all layers of a batch were seen."""
+        return None
+
+    def dense(self) -> Gradients:
+        """The preconditioned gradients themselves."""
+        return self.queries
+
+
+class Curvature(ABC):
+    """A fitted curvature of the mean training loss.
+
+    Attributes:
+        n_examples: Examples it was fitted on.
+        facts: Numbers worth telling: measured errors, lost trace, condition.
+    """
+
+    kind: ClassVar[str]
+    n_examples: float
+    facts: dict[str, Any]
+
+    @abstractmethod
+    def apply(self, gradients: Gradients, function: SpectralFunction) -> Gradients:
+        """$f(C)\\,g$ for each gradient, with `function(eigenvalues, mean eigenvalue)` taken elementwise."""
+
+    def prepare(self, queries: Gradients, function: SpectralFunction, n_train: int) -> Preconditioned:
+        """Preconditioned queries in the form that is cheapest for `n_train` inner products each."""
+        return Preconditioned(self.apply(queries, function))
+
+    @abstractmethod
+    def spectra(self) -> dict[str, Tensor]:
+        """Eigenvalues of each independent part, by layer or as one whole."""
+
+    def replicates(self) -> Sequence["Curvature"]:
+        """The same curvature with one fold of the data left out each time; empty when folds are not kept."""
+        return ()
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What `from_tensors` needs to restore it."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Curvature":
+        """Restore a saved curvature."""
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """What a curvature needs to be fitted.
+
+    Attributes:
+        capture: The model with its followed layers.
+        examples: The training data.
+        batches: How it is batched.
+        progress: Called with (done, total, note).
+        folder: Where unfinished work is kept, so that a killed fit goes on; None to keep none.
+    """
+
+    capture: Capture
+    examples: Examples
+    batches: Sequence[BatchPlan]
+    progress: Progress | None = None
+    folder: Path | None = None
+
+
+class CurvatureMethod(ABC):
+    """A recipe for a curvature; its fields are the hyperparameters."""
+
+    kind: ClassVar[str]
+    folds: int = 1
+
+    @abstractmethod
+    def fit(self, context: FitContext) -> Curvature:
+        """Fit over the training data."""

@@ -1,0 +1,241 @@
+r"""Curvature that treats layers as independent: identity, diagonal, K-FAC and EK-FAC.
+
+All four are a Kronecker eigenbasis and an array of eigenvalues for each layer. K-FAC (Martens and Grosse 2015,
+arXiv:1503.05671) takes the products of the factors' eigenvalues; EK-FAC (George et al. 2018, arXiv:1806.03884) takes
+the second moment of the gradients in that basis, the diagonal nearest to the true block in Frobenius norm. Weight
+sharing: Eschenhagen et al. 2023 (arXiv:2311.00636). Influence: Grosse et al. 2023 (arXiv:2308.03296).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from headwater.core.capture import Accumulator, sweep
+from headwater.core.curvature.base import Curvature, CurvatureMethod, FitContext, SpectralFunction
+from headwater.core.curvature.moments import Basis, EigenvalueSums, SecondMoments
+from headwater.core.damping import mean_of
+from headwater.core.gradients import Gradients, dense
+from headwater.core.store import Checkpoint
+from headwater.core.target import Fisher, Target, fisher_target
+from headwater.numerics import kronecker, spectral
+
+
+class Layerwise(Curvature):
+    r"""One eigenbasis $Q_G \otimes Q_A$ and one array of eigenvalues (out, in) for each layer.
+
+    Args:
+        bases: (Q_A, Q_G) of each layer; None stands for the identity.
+        sums: Eigenvalues by fold, (fold, \*block), summed over the examples of the fold.
+        n_folds: Examples in each fold.
+        kind: The name of the approximation.
+        facts: Numbers worth telling.
+    """
+
+    kind: ClassVar[str] = "layerwise"
+
+    def __init__(
+        self, bases: dict[str, Basis], sums: dict[str, Tensor], n_folds: Tensor, facts: dict[str, Any] | None = None
+    ):
+        self.bases, self.sums, self.n_folds, self.facts = bases, sums, n_folds.double(), facts or {}
+        self.n_examples = float(n_folds.sum())
+        self.eigenvalues = {name: s.sum(0) / max(self.n_examples, 1e-30) for name, s in sums.items()}
+
+    def apply(self, gradients: Gradients, function: SpectralFunction) -> Gradients:
+        applied = {}
+        for name, block in gradients.blocks.items():
+            x = dense(block)
+            eigenvalues = self.eigenvalues[name]
+            Q_A, Q_G = (None if q is None else q.to(x) for q in self.bases[name])
+            factor = function(eigenvalues, mean_of(eigenvalues)).to(x)
+            applied[name] = kronecker.change_back(kronecker.change_basis(x, Q_A, Q_G) * factor, Q_A, Q_G)
+        return Gradients(applied)
+
+    def spectra(self) -> dict[str, Tensor]:
+        return self.eigenvalues
+
+    def replicates(self) -> list["Layerwise"]:
+        n_folds = len(self.n_folds)
+        if n_folds < 2:
+            return []
+        keep = [torch.arange(n_folds) != k for k in range(n_folds)]
+        return [
+            Layerwise(self.bases, {n: s[k] for n, s in self.sums.items()}, self.n_folds[k]) for k in keep
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = {"n_folds": self.n_folds}
+        for name, (Q_A, Q_G) in self.bases.items():
+            state |= {} if Q_A is None else {f"Q_A:{name}": Q_A}
+            state |= {} if Q_G is None else {f"Q_G:{name}": Q_G}
+            state[f"sums:{name}"] = self.sums[name]
+        return state
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Layerwise":
+        names = [k.removeprefix("sums:") for k in tensors if k.startswith("sums:")]
+        bases = {n: (tensors.get(f"Q_A:{n}"), tensors.get(f"Q_G:{n}")) for n in names}
+        return cls(bases, {n: tensors[f"sums:{n}"] for n in names}, tensors["n_folds"], facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(CurvatureMethod):
+    """No curvature: influence becomes the inner product of gradients, divided by the damping plus one."""
+
+    kind: ClassVar[str] = "identity"
+
+    def fit(self, context: FitContext) -> Layerwise:
+        n = torch.tensor([float(len(context.examples))])
+        layers = context.capture.layers.values()
+        ones = {layer.name: n[0] * torch.ones(1, *layer.block) for layer in layers}
+        return Layerwise({layer.name: (None, None) for layer in layers}, ones, n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sampled(CurvatureMethod):
+    """Fields shared by curvatures that are estimated over data.
+
+    Args:
+        fisher: Labels drawn from the model ("mc"), all of them weighted ("exact"), or the given ones ("empirical").
+        draws: Draws an example for "mc".
+        cut: Least probability of a label kept by "exact".
+        folds: Folds of the data kept apart, for intervals; 1 keeps none.
+        tolerance: Stop the passes once the relative standard error of every factor (and of the spectrum) is
+            below this; None uses all data.
+        seed: Seed of the draws.
+    """
+
+    fisher: Fisher = "mc"
+    draws: int = 1
+    cut: float = 1e-4
+    folds: int = 5
+    tolerance: float | None = None
+    seed: int = 0
+
+    def _pass(self, context: FitContext, accumulator: Any, *, stage: str, seed: int) -> Target:
+        """One resumable sweep of the labels' gradients, stopped early where that is asked for."""
+        target = fisher_target(self.fisher, draws=self.draws, cut=self.cut, seed=seed)
+        batches = list(context.batches)
+        stop = None
+        if self.tolerance is not None:  # batches are sorted by length: mix them, so that a part is like the whole
+            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+            batches = [batches[i] for i in order]
+
+            def stop() -> bool:
+                return accumulator.relative_error() < self.tolerance
+
+        sweep(
+            context.capture,
+            context.examples,
+            [accumulator],
+            target,
+            batches=batches,
+            checkpoint=None if context.folder is None else Checkpoint(context.folder / stage),
+            progress=context.progress,
+            note=stage,
+            stop=stop,
+        )
+        return target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagonal(_Sampled):
+    """The second moment of each parameter's gradient alone."""
+
+    kind: ClassVar[str] = "diagonal"
+
+    def fit(self, context: FitContext) -> Layerwise:
+        layers = list(context.capture.layers.values())
+        bases: dict[str, Basis] = {layer.name: (None, None) for layer in layers}
+        sums = EigenvalueSums(layers, bases, folds=self.folds)
+        target = self._pass(context, sums, stage="diagonal", seed=self.seed)
+        return Layerwise(bases, sums.finish(), sums.n_examples, _facts(target, eigenvalues=sums))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KFAC(_Sampled):
+    r"""Kronecker-factored curvature, $F \approx A \otimes G$ for each layer.
+
+    Args:
+        approximation: For layers with several positions: "expand" treats positions as independent, "reduce" sums
+            them first; the two agree where there is one position.
+        max_factor: Longest side that gets a full factor; longer ones keep their diagonal.
+    """
+
+    kind: ClassVar[str] = "kfac"
+
+    approximation: Literal["expand", "reduce"] = "expand"
+    max_factor: int = 8192
+    folds: int = 1
+
+    def moments(self, context: FitContext) -> tuple[SecondMoments, Target]:
+        """The factors, from one sweep."""
+        layers = context.capture.layers.values()
+        moments = SecondMoments(
+            layers, reduce=self.approximation == "reduce", max_factor=self.max_factor, seed=self.seed
+        )
+        return moments, self._pass(context, moments, stage="moments", seed=self.seed)
+
+    def fit(self, context: FitContext) -> Layerwise:
+        moments, target = self.moments(context)
+        values, bases = eigenbases(moments)
+        sums = {}
+        for name, layer in moments.layers.items():
+            D_A, D_G = values[f"A:{layer.input_group}"], values[f"G:{name}"]
+            # positions an example: the block of an example is a sum over as many independent terms
+            positions = moments.counts[f"G:{name}"] / moments.n_examples
+            eigenvalues = positions * D_G[..., :, None] * D_A[..., None, :]
+            sums[name] = (moments.n_examples * eigenvalues)[None].to(moments.sums[f"G:{name}"])
+        n = torch.tensor([moments.n_examples])
+        return Layerwise(bases, sums, n, _facts(target, moments=moments))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EKFAC(KFAC):
+    """K-FAC's eigenbasis with eigenvalues corrected to the gradients' second moment in it."""
+
+    kind: ClassVar[str] = "ekfac"
+
+    folds: int = 5
+
+    def fit(self, context: FitContext) -> Layerwise:
+        moments, _ = self.moments(context)
+        _, bases = eigenbases(moments)
+        sums = EigenvalueSums(context.capture.layers.values(), bases, folds=self.folds)
+        # fresh labels, so that the eigenvalues are not fitted to the draws that chose the basis
+        target = self._pass(context, sums, stage="eigenvalues", seed=self.seed + 1)
+        facts = _facts(target, moments=moments, eigenvalues=sums)
+        return Layerwise(bases, sums.finish(), sums.n_examples, facts)
+
+
+def eigenbases(moments: SecondMoments) -> tuple[dict[str, Tensor], dict[str, Basis]]:
+    """Eigenvalues of every factor, and the bases (Q_A, Q_G) of every layer, in the factors' own precision."""
+    values: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor | None] = {}
+    for name, moment in moments.finish().items():
+        if name in moments._spread:
+            values[name], basis = spectral.eigh(moment)
+            vectors[name] = basis.to(moment)
+        else:  # a long side keeps its diagonal: its basis is the identity
+            values[name], vectors[name] = moment, None
+    bases = {
+        name: (vectors[f"A:{layer.input_group}"], vectors[f"G:{name}"]) for name, layer in moments.layers.items()
+    }
+    return values, bases
+
+
+def _facts(target: Target, **accumulators: Accumulator) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for name, accumulator in accumulators.items():
+        error = accumulator.relative_error()  # type: ignore[attr-defined]
+        facts[f"{name}_relative_error"] = error if error != float("inf") else None
+        n = accumulator.n_examples  # type: ignore[attr-defined]
+        facts[f"{name}_examples"] = float(n.sum() if isinstance(n, Tensor) else n)
+    lost = getattr(target, "lost", None)
+    if lost:
+        facts["lost_trace"] = sum(x * n for x, n in lost) / sum(n for _, n in lost)
+    return facts
+
+
+__all__ = ["EKFAC", "KFAC", "Diagonal", "Identity", "Layerwise", "eigenbases"]

@@ -1,0 +1,295 @@
+"""The fit: a model's curvature over its training data, made once and used for many questions."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from headwater.core import provenance
+from headwater.core.capture import BatchPlan, Capture, Progress, plan_batches
+from headwater.core.curvature import METHODS, Curvature, CurvatureMethod, Dual, EKFAC, FitContext, restore
+from headwater.core.damping import Damping, evidence, parse_damping
+from headwater.core.doctor import check_loss
+from headwater.core.examples import Examples, as_examples, to_device
+from headwater.core.fingerprint import fingerprint_json, fingerprint_model
+from headwater.core.follow import Followed, follow
+from headwater.core.layers import Layer, Use
+from headwater.core.store import Artifact, ArtifactWriter, Checkpoint, FolderLock
+from headwater.core.task import Task
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fit:
+    """A model with its training data, followed layers and curvature.
+
+    Attributes:
+        model: The model.
+        task: What it was trained for.
+        train: The training data.
+        followed: The followed layers and what is left out.
+        curvature: The fitted curvature of the mean training loss.
+        facts: Options, costs and the training run's record.
+        batch_size: Most examples in a batch.
+        batch_tokens: Most positions in a batch, for data with lengths.
+    """
+
+    model: nn.Module
+    task: Task
+    train: Examples
+    followed: Followed
+    curvature: Curvature
+    facts: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 256
+    batch_tokens: int = 4096
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        return self.facts["made_from"]
+
+    def capture(self) -> Capture:
+        return Capture(self.model, self.task, self.followed)
+
+    def batches(self, examples: Examples, *, folds: int = 1) -> list[BatchPlan]:
+        return plan_batches(examples, batch_size=self.batch_size, batch_tokens=self.batch_tokens, folds=folds)
+
+    def damping(self, choice: str | float | Damping = "auto") -> Damping:
+        """The damping behind a choice.
+
+        Args:
+            choice: A number (absolute), "0.1 relative", "weight_decay" (the training run's), or "auto": the weight
+                decay of a run of gradient descent where it is recorded, else the evidence procedure.
+
+        Raises:
+            ValueError: The run's weight decay is asked for and not known.
+        """
+        parsed = parse_damping(choice)
+        if isinstance(parsed, Damping):
+            return parsed
+        decay = self.facts.get("weight_decay")
+        # AdamW's decay acts on scaled steps and is no ridge penalty on the loss, so "auto" passes it by.
+        if parsed == "weight_decay" or (decay and not self.facts.get("adaptive", False)):
+            if not decay:
+                raise ValueError(
+                    "The training run's weight decay is not recorded; pass weight_decay=… to headwater.fit, or "
+                    "choose damping='auto' or a number."
+                )
+            return Damping(float(decay), source="weight decay of the training run")
+        n, distance = len(self.train), self.facts.get("distance") or _distance(self.model, self.followed)
+        value = evidence(self.curvature.spectra().values(), n=n, distance=distance)
+        return Damping(value, source="evidence of the trained parameters")
+
+    def damping_ratio(self, damping: Damping) -> float:
+        """Damping over the mean eigenvalue: the number that decides quality more than the method does."""
+        spectra = list(self.curvature.spectra().values())
+        mean = sum(float(s.double().sum()) for s in spectra) / sum(s.numel() for s in spectra)
+        return damping.absolute(mean) / max(mean, 1e-30)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the fit as an artifact."""
+        body = {
+            "layers": [vars(x) | {"uses": [vars(u) for u in x.uses]} for x in self.followed.layers],
+            "left_out": [vars(x) for x in self.followed.left_out],
+            "tied": self.followed.tied,
+            "reused": self.followed.reused,
+            "curvature": {"kind": self.curvature.kind, "facts": self.curvature.facts},
+            "batch_size": self.batch_size,
+            "batch_tokens": self.batch_tokens,
+            "fit": self.facts,
+        }
+        with ArtifactWriter(folder, kind="fit", facts=body, made_from=self.made_from) as writer:
+            for name, tensor in self.curvature.tensors().items():
+                writer.tensor(name, tensor)
+
+    def __repr__(self) -> str:
+        n = sum(layer.numel for layer in self.followed)
+        return (
+            f"Fit({self.facts['options']['curvature']['kind']} curvature of {type(self.model).__name__}, "
+            f"{len(self.followed)} layers, {n:,} parameters = {100 * self.followed.coverage:.1f} % of the model, "
+            f"{len(self.train):,} training examples)"
+        )
+
+
+def load(folder: str | Path, model: nn.Module, train: Any, task: Task) -> Fit:
+    """Read a saved fit, refusing one that was made from another model, other data or another task.
+
+    Raises:
+        ArtifactMismatch: The fit does not match; the message names what differs.
+    """
+    from headwater.core.follow import LeftOut
+
+    examples = as_examples(train)
+    artifact = Artifact.open(folder, kind="fit")
+    artifact.require(model=fingerprint_model(model), data=examples.fingerprint(), task=task.name)
+    body = artifact.facts
+    layers = tuple(
+        Layer(**{
+            **x,
+            "uses": tuple(Use(**u) for u in x["uses"]),
+            "shape": tuple(x["shape"]),
+            "parameters": tuple(x["parameters"]),
+            "shapes": tuple(tuple(s) for s in x["shapes"]),
+        })
+        for x in body["layers"]
+    )
+    followed = Followed(
+        layers,
+        tuple(LeftOut(**x) for x in body["left_out"]),
+        tuple(tuple(t) for t in body["tied"]),
+        tuple((n, k) for n, k in body["reused"]),
+    )
+    curvature = restore(body["curvature"]["kind"], dict(artifact.tensors()), body["curvature"]["facts"])
+    return Fit(
+        model=model,
+        task=task,
+        train=examples,
+        followed=followed,
+        curvature=curvature,
+        facts=body["fit"],
+        batch_size=body["batch_size"],
+        batch_tokens=body["batch_tokens"],
+    )
+
+
+def fit(
+    model: nn.Module,
+    train: Any,
+    task: Task,
+    *,
+    curvature: CurvatureMethod | Literal["auto"] | str = "auto",
+    layers: str | Sequence[str] = "trainable",
+    skip: Sequence[str] = (),
+    folder: str | Path | None = None,
+    weight_decay: float | None = None,
+    adaptive: bool = False,
+    distance: float | None = None,
+    batch_size: int = 256,
+    batch_tokens: int = 4096,
+    check: bool = True,
+    progress: Progress | None = None,
+) -> Fit:
+    """Fit the curvature of a model over its training data.
+
+    Args:
+        model: The trained model.
+        train: Its training data: Examples, a tuple of tensors, or a map-style dataset.
+        task: What it was trained for.
+        curvature: A curvature such as `EKFAC()`, its name, or "auto": the exact dual form where its rows fit, else
+            EK-FAC.
+        layers: Which parameters to follow; see `headwater.core.follow.follow`.
+        skip: Patterns of parameters or modules to leave out.
+        folder: Where to save the fit. A finished fit of the same inputs is read instead of made again, and a killed
+            one goes on where it stopped.
+        weight_decay: The training run's weight decay, which becomes the damping.
+        adaptive: Whether the run's optimizer scales its steps (Adam), so that its decay is no ridge penalty.
+        distance: Squared distance that training moved the followed parameters, for the automatic damping.
+        batch_size: Most examples in a batch.
+        batch_tokens: Most positions in a batch, for data with lengths.
+        check: Verify on a few examples that losses are sums over the batch and repeat exactly.
+        progress: Called with (done, total, note).
+
+    Raises:
+        ValueError: The loss is a mean over the batch, differs between passes, or no layer can be followed.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> data = (torch.randn(20, 3), torch.randint(2, (20,)))
+        >>> from headwater.core.task import Classification
+        >>> len(fit(model, data, Classification(), curvature="ekfac").followed)
+        1
+    """
+    examples = as_examples(train)
+    device = next(model.parameters()).device
+    probe = to_device(examples.batch(range(min(2, len(examples)))), device)
+    if check:
+        check_loss(model, task, probe)
+    followed = follow(model, task, probe, layers=layers, skip=skip)
+    capture = Capture(model, task, followed)
+    method = _choose(curvature, capture, examples)
+    options = {
+        "curvature": {"kind": method.kind} | {k: v for k, v in vars(method).items()},
+        "layers": layers if isinstance(layers, str) else list(layers),
+        "skip": list(skip),
+    }
+    made_from = {"model": fingerprint_model(model), "data": examples.fingerprint(), "task": task.name}
+    record = {"weight_decay": weight_decay, "adaptive": adaptive, "distance": distance}
+    if folder is None:
+        return _fit(method, capture, examples, followed, options, made_from, record, batch_size, batch_tokens, progress)
+    place = Path(folder)
+    if _finished(place, made_from, options | record):
+        return load(place, model, examples, task)
+    unfinished = place.with_name(f".{place.name}.unfinished")
+    with FolderLock(unfinished):
+        work = unfinished / fingerprint_json([made_from, options, batch_size, batch_tokens])[:16]
+        made = _fit(
+            method, capture, examples, followed, options, made_from, record, batch_size, batch_tokens, progress, work
+        )
+        made.save(place)
+        for stage in work.glob("*"):
+            Checkpoint(stage).clear()
+    return made
+
+
+def _fit(
+    method: CurvatureMethod,
+    capture: Capture,
+    examples: Examples,
+    followed: Followed,
+    options: dict[str, Any],
+    made_from: dict[str, str],
+    record: dict[str, Any],
+    batch_size: int,
+    batch_tokens: int,
+    progress: Progress | None,
+    work: Path | None = None,
+) -> Fit:
+    started = time.perf_counter()
+    plans = plan_batches(examples, batch_size=batch_size, batch_tokens=batch_tokens, folds=method.folds)
+    fitted = method.fit(FitContext(capture, examples, plans, progress, work))
+    facts = {"made_from": made_from, "options": options, "seconds": time.perf_counter() - started}
+    return Fit(
+        model=capture.model,
+        task=capture.task,
+        train=examples,
+        followed=followed,
+        curvature=fitted,
+        facts=facts | record | {"versions": provenance.versions()},
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+    )
+
+
+def _finished(place: Path, made_from: dict[str, str], options: dict[str, Any]) -> bool:
+    """Whether a folder holds a whole fit of the same inputs and options."""
+    if not place.exists():
+        return False
+    artifact = Artifact.open(place, kind="fit")
+    saved = artifact.facts["fit"]
+    known = saved["options"] | {k: saved.get(k) for k in ("weight_decay", "adaptive", "distance")}
+    return artifact.made_from == made_from and fingerprint_json(known) == fingerprint_json(options)
+
+
+def _choose(curvature: CurvatureMethod | str, capture: Capture, examples: Examples) -> CurvatureMethod:
+    """The curvature asked for; for "auto", the dual form where its rows fit."""
+    if isinstance(curvature, CurvatureMethod):
+        return curvature
+    if curvature != "auto":
+        if curvature not in METHODS:
+            raise ValueError(f"Expected a curvature among {', '.join(METHODS)} or 'auto'; got {curvature!r}.")
+        return METHODS[curvature]()
+    from headwater.core.plan import dual_rows
+
+    method = Dual()
+    rows = dual_rows(capture, examples, cut=method.cut)
+    return method if rows is not None and rows <= method.max_rows else EKFAC()
+
+
+def _distance(model: nn.Module, followed: Followed) -> float:
+    """Squared norm of the followed parameters: their distance from zero."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    names = {n for layer in followed for n in layer.parameters if n in named}
+    return sum(float(named[n].detach().double().square().sum()) for n in names)
+
+

@@ -1,0 +1,92 @@
+r"""Products with the exact Gauss–Newton matrix, $C v = \frac1N \sum_n J_n^\top H_n J_n v$, by a pass over the data.
+
+$J_n$ is the Jacobian of the model's outputs in the followed parameters and $H_n$ the Hessian of the loss in the
+outputs (Schraudolph 2002). No labels are drawn and no structure is assumed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from headwater.core.capture import BatchPlan, Capture
+from headwater.core.examples import Examples, to_device
+from headwater.core.follow import evaluation_mode
+from headwater.core.gradients import Gradients, dense
+from headwater.core.layers import Layer
+from headwater.core.task import Task
+
+
+class _Outputs(nn.Module):
+    """The outputs of a task's prediction, as a module, so that its parameters can be replaced."""
+
+    def __init__(self, model: nn.Module, task: Task):
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.task.predict(self.model, batch).outputs
+
+
+class GaussNewtonProduct:
+    """The exact Gauss–Newton matrix of a model over a dataset, known by its products.
+
+    Args:
+        capture: The model with its followed layers.
+        examples: The data.
+        batches: How they are batched.
+        at_once: Vectors multiplied in one pass.
+    """
+
+    def __init__(self, capture: Capture, examples: Examples, batches: Sequence[BatchPlan], *, at_once: int = 16):
+        self.capture, self.examples, self.batches, self.at_once = capture, examples, list(batches), at_once
+        self.layers = list(capture.layers.values())
+        self._module = _Outputs(capture.model, capture.task)
+        named = dict(capture.model.named_parameters(remove_duplicate=False))
+        self._parameters = {
+            f"model.{name}": named[name].detach() for layer in self.layers for name in layer.parameters
+        }
+
+    def __call__(self, gradients: Gradients) -> Gradients:
+        """C v for each of the given vectors."""
+        parts = [self._chunk(gradients[s : s + self.at_once]) for s in range(0, len(gradients), self.at_once)]
+        return Gradients({
+            name: torch.cat([part.blocks[name] for part in parts]) for name in gradients.blocks
+        })
+
+    def _chunk(self, gradients: Gradients) -> Gradients:
+        tangents = parameters_of(gradients, self.layers)
+        total = {name: torch.zeros_like(t) for name, t in tangents.items()}
+        model, task = self.capture.model, self.capture.task
+        with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            for plan in self.batches:
+                batch = to_device(self.examples.batch(plan.indices), self.capture.device)
+                prediction = task.predict(model, batch)
+                for name, part in self._batch(batch, prediction, tangents).items():
+                    total[name.removeprefix("model.")] += part
+        n = sum(len(plan.indices) for plan in self.batches)
+        mean = {name: t / n for name, t in total.items()}
+        return Gradients({layer.name: layer.from_parameters(mean) for layer in self.layers})
+
+    def _batch(self, batch: Any, prediction: Any, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+        def outputs(parameters: dict[str, Tensor]) -> Tensor:
+            return functional_call(self._module, parameters, (batch,))
+
+        _, pull = vjp(outputs, self._parameters)
+
+        def one(tangent: dict[str, Tensor]) -> dict[str, Tensor]:
+            _, change = jvp(outputs, (self._parameters,), (tangent,))
+            return pull(prediction.hessian_product(change).to(change))[0]
+
+        return vmap(one)({f"model.{n}": t for n, t in tangents.items()})
+
+
+def parameters_of(gradients: Gradients, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Layers' gradients as gradients of the model's parameters, each (n, *shape)."""
+    found: dict[str, Tensor] = {}
+    for layer in layers:
+        found |= layer.to_parameters(dense(gradients.blocks[layer.name]))
+    return found

@@ -1,0 +1,253 @@
+r"""Per-example gradients of the followed layers: the currency between curvature and scores.
+
+A layer's gradients are held dense, (n, \*block), or factored as $\sum_t g_t a_t^\top$, whichever is smaller. Low-rank
+queries and combinations of other gradients have the same form.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwater.core.capture import Accumulator, Rows
+from headwater.core.layers import Layer
+from headwater.numerics import kronecker
+
+_CHUNK = 1 << 25  # numbers held at a time by intermediate products
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Gradients of n examples, $\\sum_t g_t a_t^\\top$ each; groups, if any, are the first axis.
+
+    Attributes:
+        a: (n, pos, in).
+        g: (n, pos, out).
+    """
+
+    a: Tensor
+    g: Tensor
+
+    def __len__(self) -> int:
+        return self.a.shape[-3]
+
+    @property
+    def pos(self) -> int:
+        return self.a.shape[-2]
+
+    @property
+    def matrix_numel(self) -> int:
+        return self.a.shape[-1] * self.g.shape[-1]
+
+    def dense(self) -> Tensor:
+        return kronecker.gradient(self.a, self.g).movedim(-3, 0)
+
+    def __getitem__(self, index) -> "Factored":
+        return Factored(self.a[..., index, :, :], self.g[..., index, :, :])
+
+
+Block = Tensor | Factored
+
+
+def dense(block: Block) -> Tensor:
+    """The gradients (n, *block) themselves."""
+    return block.dense() if isinstance(block, Factored) else block
+
+
+def inner(x: Block, y: Block) -> Float[Tensor, "n m"]:
+    """Inner products of all pairs of gradients of one layer, in the cheapest order of contraction."""
+    if isinstance(x, Factored) and isinstance(y, Factored):
+        pairs = len(x) * len(y)
+        by_gram = pairs * x.pos * y.pos * (x.a.shape[-1] + x.g.shape[-1])
+        by_dense = (pairs + len(x) * x.pos + len(y) * y.pos) * x.matrix_numel
+        return _inner_gram(x, y) if by_gram <= by_dense else _inner_half(x.dense(), y)
+    if isinstance(x, Factored):
+        return _inner_half(dense(y), x).mT
+    if isinstance(y, Factored):
+        return _inner_half(x, y)
+    return x.flatten(1) @ y.flatten(1).mT
+
+
+def _inner_gram(x: Factored, y: Factored) -> Tensor:
+    """Sum over positions of (a_t · a_s)(g_t · g_s)."""
+    n, m = len(x), len(y)
+    total = x.a.new_zeros(n, m)
+    step = max(1, _CHUNK // (m * x.pos * y.pos))
+    for start in range(0, n, step):
+        part = x[start : start + step]
+        gram = part.a.flatten(-3, -2) @ y.a.flatten(-3, -2).mT
+        gram = gram * (part.g.flatten(-3, -2) @ y.g.flatten(-3, -2).mT)
+        if gram.ndim == 3:
+            gram = gram.sum(0)
+        if x.pos * y.pos > 1:
+            gram = gram.unflatten(1, (m, y.pos)).sum(2).unflatten(0, (-1, x.pos)).sum(1)
+        total[start : start + step] = gram
+    return total
+
+
+def _inner_half(x: Tensor, y: Factored) -> Tensor:
+    """Dense x (n, *block) with factored y: contract y's inputs first, or form y's gradients."""
+    n, m, (d_out, d_in) = len(x), len(y), x.shape[-2:]
+    if x.ndim == 3 and y.pos * n < d_in:
+        step = max(1, _CHUNK // (n * d_out * y.pos))
+        weights = x.reshape(n * d_out, d_in)
+        parts = []
+        for start in range(0, m, step):
+            part = y[start : start + step]
+            seen = (part.a.flatten(0, 1) @ weights.mT).view(len(part), y.pos, n, d_out)
+            parts.append(torch.einsum("mtno,mto->nm", seen, part.g))
+        return torch.cat(parts, dim=1)
+    step = max(1, _CHUNK // x[0].numel())
+    flat = x.flatten(1)
+    parts = [flat @ y[s : s + step].dense().flatten(1).mT for s in range(0, m, step)]
+    return torch.cat(parts, dim=1)
+
+
+class Gradients:
+    """Gradients of n examples for several layers.
+
+    Args:
+        blocks: For each layer the gradients, dense or factored.
+    """
+
+    def __init__(self, blocks: dict[str, Block]):
+        if not blocks:
+            raise ValueError("Gradients need at least one layer.")
+        self.blocks = blocks
+        self.n = len(next(iter(blocks.values())))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> "Gradients":
+        return Gradients({name: block[index] for name, block in self.blocks.items()})
+
+    def dense(self) -> "Gradients":
+        """The same gradients, none factored."""
+        return Gradients({name: dense(block) for name, block in self.blocks.items()})
+
+    def inner(self, other: "Gradients") -> Float[Tensor, "n m"]:
+        """Inner products of all pairs, summed over layers."""
+        total = torch.zeros(())
+        for name, block in self.blocks.items():
+            total = total + inner(block, other.blocks[name]).double()
+        return total
+
+    def norms(self) -> Float[Tensor, " n"]:
+        """Euclidean norms over all layers."""
+        squares = torch.zeros(self.n, dtype=torch.float64)
+        for block in self.blocks.values():
+            squares += squared_norms(block).double().cpu()
+        return squares.sqrt()
+
+    def combine(self, weights: Float[Tensor, "k n"]) -> "Gradients":
+        """Linear combinations of the gradients, dense: groups of queries, and contrasts."""
+        return Gradients({
+            name: torch.tensordot(weights.to(dense(block)), dense(block), dims=1)
+            for name, block in self.blocks.items()
+        })
+
+    def to_matrix(self) -> Float[Tensor, "n p"]:
+        """All layers flattened side by side."""
+        return torch.cat([dense(block).flatten(1) for block in self.blocks.values()], dim=1)
+
+    def from_matrix(self, matrix: Float[Tensor, "n p"]) -> "Gradients":
+        """Inverse of `to_matrix`, with this object's layers and shapes."""
+        sizes = [dense(block[:1]).shape[1:] for block in self.blocks.values()]
+        parts = matrix.split([s.numel() for s in sizes], dim=1)
+        return Gradients({
+            name: part.reshape(-1, *size) for name, part, size in zip(self.blocks, parts, sizes, strict=True)
+        })
+
+    def low_rank(self, rank: int) -> "Gradients":
+        """The best approximation of each matrix by `rank` outer products, held factored."""
+        return Gradients({name: _low_rank(dense(block), rank) for name, block in self.blocks.items()})
+
+
+def squared_norms(block: Block) -> Float[Tensor, " n"]:
+    """Squared Euclidean norms of one layer's gradients."""
+    if isinstance(block, Factored) and block.pos == 1:
+        each = block.a.square().sum((-1, -2)) * block.g.square().sum((-1, -2))
+        return each if each.ndim == 1 else each.sum(0)
+    return dense(block).flatten(1).square().sum(1)
+
+
+def _low_rank(x: Tensor, rank: int) -> Block:
+    if x.ndim != 3 or rank * (x.shape[1] + x.shape[2]) >= x.shape[1] * x.shape[2]:
+        return x
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
+    return Factored(vh, (u * s[..., None, :]).mT)
+
+
+class CollectGradients(Accumulator):
+    """Keeps the gradient of every row, scaled by the root of its weight: queries, and the rows of a Fisher.
+
+    Rows with one position are kept factored.
+    """
+
+    def __init__(self, layers: Iterable[Layer], *, factored: bool = True):
+        self._parts: dict[str, list[Block]] = {layer.name: [] for layer in layers}
+        self._indices: list[Tensor] = []
+        self._folds: list[Tensor] = []
+        self._factored = factored
+
+    def update(self, rows: Rows) -> None:
+        g = rows.g
+        if rows.batch.weights is not None:
+            g = g * rows.batch.weights.to(g).sqrt()[:, None, None]
+        block = Factored(rows.a, g)
+        keep = self._factored and rows.pos == 1
+        self._parts[rows.layer.name].append(Factored(rows.a.clone(), g.clone()) if keep else block.dense())
+
+    def end_batch(self, batch) -> None:
+        self._indices.append(batch.indices)
+        self._folds.append(torch.full_like(batch.indices, batch.fold))
+
+    def merge(self, other: "CollectGradients") -> None:
+        for name, parts in other._parts.items():
+            self._parts[name].extend(parts)
+        self._indices.extend(other._indices)
+        self._folds.extend(other._folds)
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = {"indices": _cat(self._indices), "folds": _cat(self._folds)}
+        for name, parts in self._parts.items():
+            block = _joined(parts) if parts else None
+            if isinstance(block, Factored):
+                state |= {f"a:{name}": block.a, f"g:{name}": block.g}
+            elif block is not None:
+                state[f"d:{name}"] = block
+        return state
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self._indices, self._folds = [tensors["indices"]], [tensors["folds"]]
+        for name in self._parts:
+            if f"d:{name}" in tensors:
+                self._parts[name] = [tensors[f"d:{name}"]]
+            elif f"a:{name}" in tensors:
+                self._parts[name] = [Factored(tensors[f"a:{name}"], tensors[f"g:{name}"])]
+
+    @property
+    def n_rows(self) -> int:
+        return sum(len(i) for i in self._indices)
+
+    def finish(self) -> tuple[Gradients, Tensor, Tensor]:
+        """The gradients, the example of each row, and its fold, in the order of the examples."""
+        indices, folds = _cat(self._indices), _cat(self._folds)
+        order = torch.argsort(indices, stable=True)
+        blocks = {name: _joined(parts)[order] for name, parts in self._parts.items()}
+        return Gradients(blocks), indices[order], folds[order]
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _joined(parts: list[Block]) -> Block:
+    if all(isinstance(p, Factored) for p in parts):
+        a = torch.cat([p.a for p in parts], dim=-3)  # type: ignore[union-attr]
+        return Factored(a, torch.cat([p.g for p in parts], dim=-3))  # type: ignore[union-attr]
+    return torch.cat([dense(p) for p in parts])

@@ -1,0 +1,93 @@
+"""Where results come from: versions of what made them, and the papers to cite."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PAPERS: dict[str, str] = {
+    "arXiv:2308.03296": """@article{grosse2023studying,
+  title={Studying Large Language Model Generalization with Influence Functions},
+  author={Grosse, Roger and Bae, Juhan and Anil, Cem and others},
+  journal={arXiv preprint arXiv:2308.03296},
+  year={2023}
+}""",
+    "arXiv:1806.03884": """@inproceedings{george2018fast,
+  title={Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis},
+  author={George, Thomas and Laurent, C{\\'e}sar and Bouthillier, Xavier and Ballas, Nicolas and Vincent, Pascal},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2018}
+}""",
+    "arXiv:1503.05671": """@inproceedings{martens2015optimizing,
+  title={Optimizing Neural Networks with {K}ronecker-factored Approximate Curvature},
+  author={Martens, James and Grosse, Roger},
+  booktitle={International Conference on Machine Learning},
+  year={2015}
+}""",
+    "arXiv:1906.02353": """@article{ren2019efficient,
+  title={Efficient Subsampled {G}auss-{N}ewton and Natural Gradient Methods for Training Neural Networks},
+  author={Ren, Yi and Goldfarb, Donald},
+  journal={arXiv preprint arXiv:1906.02353},
+  year={2019}
+}""",
+    "arXiv:1703.04730": """@inproceedings{koh2017understanding,
+  title={Understanding Black-box Predictions via Influence Functions},
+  author={Koh, Pang Wei and Liang, Percy},
+  booktitle={International Conference on Machine Learning},
+  year={2017}
+}""",
+    "arXiv:2002.08484": """@inproceedings{pruthi2020estimating,
+  title={Estimating Training Data Influence by Tracing Gradient Descent},
+  author={Pruthi, Garima and Liu, Frederick and Kale, Satyen and Sundararajan, Mukund},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2020}
+}""",
+    "doi:10.1162/neco.1992.4.3.415": """@article{mackay1992bayesian,
+  title={Bayesian Interpolation},
+  author={MacKay, David J. C.},
+  journal={Neural Computation},
+  volume={4},
+  number={3},
+  pages={415--447},
+  year={1992}
+}""",
+}
+
+_OF_CURVATURE = {
+    "kfac": ["arXiv:1503.05671"],
+    "ekfac": ["arXiv:1806.03884", "arXiv:1503.05671"],
+    "dual": ["arXiv:1906.02353"],
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("headwater", "torch", "numpy", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def papers(facts: dict[str, Any]) -> list[str]:
+    """The papers behind a result, from its facts: the method's, the curvature's and the damping's."""
+    found = list(facts.get("papers", []))
+    found += _OF_CURVATURE.get(facts.get("curvature", {}).get("kind", ""), [])
+    if "evidence" in facts.get("damping", {}).get("source", ""):
+        found.append("doi:10.1162/neco.1992.4.3.415")
+    return list(dict.fromkeys(found))
+
+
+def cite(result: Any) -> str:
+    """BibTeX entries for what a result was made with.
+
+    Args:
+        result: Anything with `facts` (scores, evidence), or the facts themselves.
+
+    Example:
+        >>> print(cite({"papers": ["arXiv:1703.04730"]}).splitlines()[0])
+        @inproceedings{koh2017understanding,
+    """
+    facts = result if isinstance(result, dict) else result.facts
+    return "\n\n".join(PAPERS[p] for p in papers(facts) if p in PAPERS)

@@ -1,0 +1,185 @@
+"""Scores: how each training example bears on each query."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwater.core.store import Artifact, ArtifactWriter
+from headwater.extras import require
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scores:
+    """Predicted change of each query's measurement when a training example is added once more.
+
+    Attributes:
+        values: (query, train), in the measurement's unit (nats); positive where the example raises it.
+        query_ids: Names of the queries.
+        train_ids: Names of the training examples.
+        measurement: What was measured.
+        low: Lower ends of the intervals (query, train), NaN where none was computed, or None.
+        high: Upper ends.
+        significance: Share of held-out examples that reach the score by chance (query, train), or None.
+        control: Scores of the held-out examples (query, control), or None.
+        by_layer: Parts of each layer (layer, query, train), or None.
+        layers: Names of the layers of `by_layer`.
+        metadata: Columns of the training examples.
+        facts: What made the scores: method, damping, costs, fingerprints.
+    """
+
+    values: Float[Tensor, "query train"]
+    query_ids: list[str]
+    train_ids: list[str]
+    measurement: str = "loss"
+    low: Float[Tensor, "query train"] | None = None
+    high: Float[Tensor, "query train"] | None = None
+    significance: Float[Tensor, "query train"] | None = None
+    control: Float[Tensor, "query control"] | None = None
+    by_layer: Float[Tensor, "layer query train"] | None = None
+    layers: list[str] = field(default_factory=list)
+    metadata: dict[str, list] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        shape = (len(self.query_ids), len(self.train_ids))
+        if tuple(self.values.shape) != shape:
+            raise ValueError(f"Expected scores {shape} for these ids; got {tuple(self.values.shape)}.")
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+    def __sub__(self, other: "Scores") -> "Scores":
+        """A contrast: why this rather than that, query by query."""
+        if self.train_ids != other.train_ids or len(self) != len(other):
+            raise ValueError("A contrast needs scores of as many queries over the same training examples.")
+        ids = [f"{a} - {b}" for a, b in zip(self.query_ids, other.query_ids, strict=True)]
+        control = None
+        if self.control is not None and other.control is not None:
+            control = self.control - other.control
+        return Scores(
+            values=self.values - other.values,
+            query_ids=ids,
+            train_ids=self.train_ids,
+            measurement=f"{self.measurement} (difference)",
+            control=control,
+            significance=None if control is None else significance(self.values - other.values, control),
+            metadata=self.metadata,
+            facts=self.facts,
+        )
+
+    def top(self, k: int = 10, *, lowest: bool = False) -> Sequence[list[int]]:
+        """For each query the k training examples that raise its measurement most, or lower it most."""
+        k = min(k, self.values.shape[1])
+        return torch.topk(self.values, k, dim=1, largest=not lowest).indices.tolist()
+
+    def to_pandas(self, *, top: int | None = None):
+        """One row a query and training example, with the metadata; all pairs, or the top of each side.
+
+        Needs the extra `tabular`.
+        """
+        pandas = require("pandas", extra="tabular")
+        rows = []
+        for q, query in enumerate(self.query_ids):
+            chosen: Sequence[int] = range(self.values.shape[1])
+            if top is not None:
+                ends = self.top(top)[q] + self.top(top, lowest=True)[q]
+                chosen = sorted(set(ends), key=lambda i: -float(self.values[q, i]))
+            rows.extend(self._row(q, query, i) for i in chosen)
+        return pandas.DataFrame(rows)
+
+    def _row(self, q: int, query: str, i: int) -> dict[str, Any]:
+        row = {"query": query, "train": self.train_ids[i], "score": float(self.values[q, i])}
+        for name in ("low", "high", "significance"):
+            column = getattr(self, name)
+            if column is not None:
+                row[name] = float(column[q, i])
+        return row | {k: v[i] for k, v in self.metadata.items()}
+
+    def by(self, column: str) -> dict[str, Float[Tensor, " query"]]:
+        """Total score of each value of a metadata column (query)."""
+        if column not in self.metadata:
+            raise ValueError(f"There is no metadata column {column!r}; there are: {', '.join(self.metadata) or 'none'}.")
+        names = [str(v) for v in self.metadata[column]]
+        totals = {}
+        for name in sorted(set(names)):
+            chosen = torch.tensor([n == name for n in names])
+            totals[name] = self.values[:, chosen].sum(1)
+        return totals
+
+    def save(self, folder: str | Path) -> None:
+        """Write the scores as an artifact: tensors, a table of the training examples, a manifest."""
+        facts = {k: getattr(self, k) for k in ("query_ids", "measurement", "layers", "facts")}
+        with ArtifactWriter(folder, kind="scores", facts=facts, made_from=self.facts.get("made_from", {})) as writer:
+            for name in _TENSORS:
+                if getattr(self, name) is not None:
+                    writer.tensor(name, getattr(self, name))
+            writer.table("train", {"id": self.train_ids} | {f"meta:{k}": v for k, v in self.metadata.items()})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Scores":
+        """Read scores saved by `save`."""
+        artifact = Artifact.open(folder, kind="scores")
+        tensors = {n: artifact.tensor(n) for n in _TENSORS if n in artifact.tensor_names}
+        columns = artifact.table("train").to_pydict()
+        metadata = {k.removeprefix("meta:"): v for k, v in columns.items() if k.startswith("meta:")}
+        return cls(**tensors, **artifact.facts, train_ids=columns["id"], metadata=metadata)
+
+    def plot(self, query: int = 0, *, top: int = 10):
+        """A bar for each of the strongest examples of a query, with intervals; needs the extra `plots`."""
+        pyplot = require("matplotlib.pyplot", extra="plots")
+        ends = self.top(top)[query] + self.top(top, lowest=True)[query][::-1]
+        chosen = list(dict.fromkeys(ends))
+        values = self.values[query, chosen].tolist()
+        figure, axes = pyplot.subplots(figsize=(6, 0.3 * len(chosen) + 1), layout="constrained")
+        errors = None
+        if self.low is not None and self.high is not None:
+            low, high = self.low[query, chosen], self.high[query, chosen]
+            center = torch.tensor(values)
+            errors = torch.stack([center - low, high - center]).nan_to_num(0).clamp(min=0).numpy()
+        colors = ["tab:blue" if v > 0 else "tab:orange" for v in values]
+        axes.barh(range(len(chosen)), values, xerr=errors, color=colors)
+        axes.set_yticks(range(len(chosen)), [self.train_ids[i] for i in chosen])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"change of {self.measurement} (nats)")
+        axes.set_title(self.query_ids[query])
+        return figure
+
+    def __repr__(self) -> str:
+        q, n = self.values.shape
+        lines = [f"Scores({q} queries × {n} training examples, change of {self.measurement} in nats)"]
+        for name, most, least in list(zip(self.query_ids, self.top(3), self.top(3, lowest=True), strict=True))[:5]:
+            row = self.query_ids.index(name)
+            raised = ", ".join(f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in most)
+            lowered = ", ".join(f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in least)
+            lines.append(f"  {name}: raised by {raised}; lowered by {lowered}")
+        if q > 5:
+            lines.append(f"  … and {q - 5} more queries")
+        return "\n".join(lines)
+
+
+_TENSORS = ("values", "low", "high", "significance", "control", "by_layer")
+
+
+def significance(
+    values: Float[Tensor, "query train"], control: Float[Tensor, "query control"]
+) -> Float[Tensor, "query train"]:
+    r"""How often a held-out example reaches a score: $p = (1 + \#\{c : c \ge s\}) / (1 + n)$, on the score's side.
+
+    Held-out examples were not trained on, so what the model says about a query cannot have come from them; their
+    scores are the noise that a training example must rise above.
+
+    Example:
+        >>> significance(torch.tensor([[5.0, -5.0]]), torch.tensor([[1.0, 2.0, -1.0]]))
+        tensor([[0.2500, 0.2500]])
+    """
+    n = control.shape[1]
+    ordered = control.double().sort(dim=1).values.contiguous()
+    doubles = values.double().contiguous()
+    above = n - torch.searchsorted(ordered, doubles, right=False)
+    below = torch.searchsorted(ordered, doubles, right=True)
+    return ((1 + torch.where(doubles >= 0, above, below)) / (1 + n)).float()

@@ -1,0 +1,148 @@
+"""What a sweep differentiates: the loss, a measurement, or the loss on labels drawn from the model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from headwater.core.prediction import LabelRows
+from headwater.core.task import Measurement, Task, measurement_function
+
+Fisher = Literal["mc", "empirical", "exact"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pass that a batch needs.
+
+    Attributes:
+        target: What it differentiates.
+        index: Which examples of the batch its rows are (row), or None for each once.
+        weights: Weight of each row in second moments of gradients (row), or None for ones.
+        share: How much each row counts as an example (row), one in all for each example; None for ones.
+    """
+
+    target: "Target"
+    index: Tensor | None = None
+    weights: Tensor | None = None
+    share: Tensor | None = None
+
+
+
+class Target(ABC):
+    """One number an example, to be differentiated in the activations."""
+
+    @abstractmethod
+    def __call__(
+        self, model: nn.Module, task: Task, batch: Any, keys: Tensor, fixed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The values (row), and what was drawn at random to get them, to be given again as `fixed`."""
+
+    def parts(self, model: nn.Module, task: Task, batch: Any, keys: Tensor) -> Iterator[Part]:
+        """The passes that a batch needs."""
+        yield Part(self)
+
+
+@dataclass(frozen=True)
+class Loss(Target):
+    """The training loss on the given labels."""
+
+    def __call__(self, model, task, batch, keys, fixed=None):
+        return task.loss(model, batch), None
+
+
+@dataclass(frozen=True)
+class Measured(Target):
+    """What queries ask about: the task's measurement, or another one."""
+
+    measurement: Measurement | None = None
+
+    def __call__(self, model, task, batch, keys, fixed=None):
+        if self.measurement is None:
+            return task.measurement(model, batch), None
+        return measurement_function(self.measurement)(task.predict(model, batch)), None
+
+
+@dataclass(frozen=True)
+class Drawn(Target):
+    """The loss on labels drawn from the model's own predictions: its gradients are the true Fisher's."""
+
+    seed: int = 0
+
+    def __call__(self, model, task, batch, keys, fixed=None):
+        prediction = task.predict(model, batch)
+        labels = prediction.sample(keys, self.seed).target if fixed is None else fixed
+        return prediction.with_target(labels).loss(), labels
+
+
+@dataclass(frozen=True)
+class DrawnSeveral(Target):
+    """Several draws an example, each weighted by one over their number."""
+
+    draws: int = 1
+    seed: int = 0
+
+    def __call__(self, model, task, batch, keys, fixed=None):
+        return Drawn(self.seed)(model, task, batch, keys, fixed)
+
+    def parts(self, model, task, batch, keys):
+        each = None if self.draws == 1 else torch.full((len(keys),), 1 / self.draws, device=keys.device)
+        for draw in range(self.draws):
+            yield Part(Drawn(self.seed * self.draws + draw), None, each, each)
+
+
+@dataclass(frozen=True)
+class _OneRow(Target):
+    """The rows of the Fisher's square root, one for each row of the batch."""
+
+    rows: LabelRows
+
+    def __call__(self, model, task, batch, keys, fixed=None):
+        return task.predict(model, batch).row_value(self.rows), None
+
+
+@dataclass(frozen=True)
+class Enumerated(Target):
+    """Every label of probability at least `cut`, weighted by its probability: no sampling noise.
+
+    Attributes:
+        cut: Labels less probable than this are dropped.
+        lost: Gathers the share of the Fisher's trace (in the outputs) that the cut dropped, per batch.
+    """
+
+    cut: float = 1e-4
+    lost: list[tuple[float, int]] = field(default_factory=list, compare=False)
+
+    def __call__(self, model, task, batch, keys, fixed=None):
+        raise AssertionError("enumerated labels run in parts")
+
+    def parts(self, model, task, batch, keys):
+        with torch.no_grad():
+            rows = task.predict(model, batch).rows(self.cut)
+        self.lost.append((rows.lost, len(keys)))
+        n_rows = torch.bincount(rows.example, minlength=len(keys))
+        for start in range(0, len(rows.example), len(keys)):
+            part = slice(start, start + len(keys))
+            some = LabelRows(rows.example[part], rows.position[part], rows.label[part], rows.weight[part], 0.0)
+            yield Part(_OneRow(some), some.example, some.weight, 1 / n_rows[some.example])
+
+
+def fisher_target(fisher: Fisher, *, draws: int = 1, cut: float = 1e-4, seed: int = 0) -> Target:
+    """The target whose gradients' second moment is the Fisher information.
+
+    Args:
+        fisher: "mc" (labels drawn from the model), "exact" (all labels, weighted) or "empirical" (given labels).
+        draws: Draws an example for "mc".
+        cut: Least probability of a label that is kept for "exact".
+        seed: Seed of the draws.
+    """
+    if fisher == "mc":
+        return DrawnSeveral(draws, seed)
+    if fisher == "exact":
+        return Enumerated(cut)
+    if fisher == "empirical":
+        return Loss()
+    raise ValueError(f"Expected fisher 'mc', 'exact' or 'empirical'; got {fisher!r}.")

@@ -1,0 +1,327 @@
+r"""Influence functions under any fitted curvature.
+
+Koh and Liang (2017), "Understanding Black-box Predictions via Influence Functions", arXiv:1703.04730; at the scale of
+language models Grosse et al. (2023), arXiv:2308.03296. For networks that are not at a minimum the damped
+Gauss–Newton matrix takes the Hessian's place (Bae et al. 2022, arXiv:2209.05364).
+
+Adding training example n once more changes a measurement f by
+
+$$\tau(q, n) = -\frac1N\, \nabla f_q^\top (C + \rho I)^{-1} \nabla \ell_n ,$$
+
+with C the curvature of the mean loss over N examples.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwater.core.capture import Accumulator, Capture, Progress, sweep
+from headwater.core.curvature import Curvature, Layerwise, Preconditioned
+from headwater.core.damping import Damping, Inverse, mean_of
+from headwater.core.examples import Examples, as_examples
+from headwater.core.fit import Fit
+from headwater.core.gauss_newton import GaussNewtonProduct
+from headwater.core.gradients import CollectGradients, Gradients
+from headwater.core.scores import Scores, significance
+from headwater.core.scoring import PairScores, SelfScores, TokenScores
+from headwater.core.target import Loss, Measured
+from headwater.core.task import Measurement
+from headwater.numerics.linear_operator import conjugate_gradients
+from headwater.numerics.resampling import jackknife_interval
+from headwater.trace.base import Attributor
+
+
+def query_gradients(
+    fit: Fit,
+    queries: Examples,
+    measurement: Measurement | None = None,
+    weights: Float[Tensor, "group query"] | None = None,
+    progress: Progress | None = None,
+) -> Gradients:
+    """Gradients of the measurement of each query, or of weighted groups of queries."""
+    capture = fit.capture()
+    collect = CollectGradients(capture.layers.values())
+    sweep(
+        capture, queries, [collect], Measured(measurement), batches=fit.batches(queries), progress=progress,
+        note="queries",
+    )
+    gradients = collect.finish()[0]
+    return gradients if weights is None else gradients.combine(weights)
+
+
+def inner_products(
+    fit: Fit,
+    prepared: Preconditioned,
+    examples: Examples,
+    *,
+    by_layer: Sequence[str] = (),
+    progress: Progress | None = None,
+    note: str = "scores",
+) -> PairScores:
+    """Inner products of prepared queries with the gradients of every example, in one sweep."""
+    pairs = PairScores(prepared, len(examples), by_layer=by_layer)
+    sweep(fit.capture(), examples, [pairs], Loss(), batches=fit.batches(examples), progress=progress, note=note)
+    return pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence(Attributor):
+    """Influence of training examples on a measurement, through a fit's curvature.
+
+    Args:
+        damping: A number (absolute), "0.1 relative" (to the mean eigenvalue of each layer), "weight_decay", or "auto".
+        rank: Hold each query's matrices as this many outer products; None holds them whole.
+        n_intervals: How many of the strongest examples on each side get an interval, for each query.
+        confidence_level: Of the intervals, which reflect the sampling of labels and of the fit's examples.
+        cg_steps: Refine the inverse by this many steps of conjugate gradients against the exact Gauss–Newton matrix.
+        cg_tolerance: Relative residual at which that stops.
+    """
+
+    paper: ClassVar[str] = "arXiv:2308.03296"
+
+    damping: str | float | Damping = "auto"
+    rank: int | None = None
+    n_intervals: int = 10
+    confidence_level: float = 0.95
+    cg_steps: int = 0
+    cg_tolerance: float = 1e-3
+
+    def attribute(
+        self,
+        fit: Fit,
+        queries: Any,
+        *,
+        measurement: Measurement | None = None,
+        weights: Float[Tensor, "group query"] | None = None,
+        names: Sequence[str] | None = None,
+        control: Any = None,
+        by_layer: bool = False,
+        progress: Progress | None = None,
+    ) -> Scores:
+        """Scores of every training example for every query.
+
+        Args:
+            fit: The fitted model.
+            queries: Examples, a tuple of tensors, or a dataset, like the training data.
+            measurement: What is asked; the task's own when left out.
+            weights: Linear combinations of queries to ask about instead of single ones (group, query): sums for
+                groups, +1 and -1 for a contrast.
+            names: Names of those groups.
+            control: Examples that were held out of training; the scores' significance is measured against theirs.
+            by_layer: Also return each layer's part.
+            progress: Called with (done, total, note).
+        """
+        started = time.perf_counter()
+        examples = as_examples(queries)
+        gradients = query_gradients(fit, examples, measurement, weights, progress)
+        damping = fit.damping(self.damping)
+        prepared, refined = self._prepare(fit, fit.curvature, gradients, damping, progress)
+        layers = [layer.name for layer in fit.followed] if by_layer else []
+        pairs = inner_products(fit, prepared, fit.train, by_layer=layers, progress=progress)
+        n = len(fit.train)
+        values = -pairs.finish() / n
+        facts = self._facts(fit, damping) | refined
+        low, high = self._intervals(fit, gradients, damping, values, progress)
+        held = None
+        if control is not None:
+            others = as_examples(control)
+            held = -inner_products(fit, prepared, others, progress=progress, note="held-out").finish() / n
+        facts["seconds"] = time.perf_counter() - started
+        ids = examples.ids if weights is None else list(names or map(str, range(len(gradients))))
+        return Scores(
+            values=values.float(),
+            query_ids=ids,
+            train_ids=fit.train.ids,
+            measurement=_name(fit.task.measurement_of if measurement is None else measurement),
+            low=low,
+            high=high,
+            significance=None if held is None else significance(values, held),
+            control=None if held is None else held.float(),
+            by_layer=-torch.stack([pairs.by_layer[x] for x in layers]) / n if by_layer else None,
+            layers=layers,
+            metadata=fit.train.metadata,
+            facts=facts,
+        )
+
+    def _prepare(
+        self, fit: Fit, curvature: Curvature, gradients: Gradients, damping: Damping, progress: Progress | None
+    ) -> tuple[Preconditioned, dict[str, Any]]:
+        function = Inverse(damping)
+        if self.cg_steps == 0:
+            prepared = curvature.prepare(gradients, function, len(fit.train))
+            if self.rank is not None:
+                prepared = Preconditioned(prepared.dense().low_rank(self.rank))
+            return prepared, {}
+        solved, facts = refine(
+            fit, gradients, damping, curvature, steps=self.cg_steps, tolerance=self.cg_tolerance, progress=progress
+        )
+        return Preconditioned(solved), facts
+
+    def _intervals(
+        self, fit: Fit, gradients: Gradients, damping: Damping, values: Tensor, progress: Progress | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Jackknife intervals of the strongest examples: the curvature with one fold left out each time."""
+        replicates = fit.curvature.replicates()
+        k = min(self.n_intervals, values.shape[1])
+        if not replicates or k == 0 or self.cg_steps:
+            return None, None
+        ends = torch.cat([values.topk(k).indices, values.topk(k, largest=False).indices], dim=1)
+        chosen = ends.unique()
+        some = fit.train.subset(chosen.tolist())
+        scores = torch.stack([
+            -inner_products(
+                fit, replicate.prepare(gradients, Inverse(damping), len(some)), some, progress=progress,
+                note="intervals",
+            ).finish() / len(fit.train)
+            for replicate in replicates
+        ])
+        low, high = jackknife_interval(values[:, chosen], scores, confidence_level=self.confidence_level)
+        full = torch.full((2, *values.shape), float("nan"))
+        wanted = torch.zeros_like(values, dtype=torch.bool).scatter_(1, ends, True)
+        full[0][:, chosen], full[1][:, chosen] = low.float(), high.float()
+        full[:, ~wanted] = float("nan")
+        return full[0], full[1]
+
+    def _facts(self, fit: Fit, damping: Damping) -> dict[str, Any]:
+        return {
+            "method": "influence",
+            "papers": [self.paper, "arXiv:1703.04730"],
+            "curvature": fit.facts["options"]["curvature"],
+            "damping": vars(damping),
+            "damping_ratio": fit.damping_ratio(damping),
+            "n_train": len(fit.train),
+            "made_from": fit.made_from,
+            "options": {k: v for k, v in vars(self).items() if k != "damping"},
+        }
+
+    def tokens(
+        self,
+        fit: Fit,
+        queries: Any,
+        chosen: Sequence[int],
+        *,
+        measurement: Measurement | None = None,
+        weights: Float[Tensor, "group query"] | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Float[Tensor, "query chosen pos"], Float[Tensor, "query chosen"]]:
+        """What each position of some training examples carries of their scores, and what no position carries.
+
+        A position's part is the sum over layers of its own outer product with the preconditioned query; the parts of
+        all positions, and the rest, add up to the score.
+        """
+        gradients = query_gradients(fit, as_examples(queries), measurement, weights)
+        prepared, _ = self._prepare(fit, fit.curvature, gradients, fit.damping(self.damping), progress)
+        some = fit.train.subset(chosen)
+        width = max(some.lengths) if some.lengths else 1
+        parts = TokenScores(prepared, len(some), width)
+        sweep(
+            fit.capture(), some, [parts], Loss(), batches=fit.batches(some), progress=progress, note="tokens"
+        )
+        n = len(fit.train)
+        return -parts.finish() / n, -parts.elsewhere / n
+
+    def self_influence(self, fit: Fit, *, progress: Progress | None = None) -> Float[Tensor, " train"]:
+        r"""$\frac1N \nabla\ell_n^\top (C + \rho I)^{-1} \nabla\ell_n$: how far each example lowers its own loss.
+
+        Never negative. Large for examples that nothing else in the data supports: mislabels, outliers, memorized text.
+        """
+        damping, n = fit.damping(self.damping), len(fit.train)
+        capture = fit.capture()
+        if isinstance(fit.curvature, Layerwise):
+            factors = {k: Inverse(damping)(e, mean_of(e)) for k, e in fit.curvature.eigenvalues.items()}
+            own: Accumulator = SelfScores(fit.curvature.bases, factors, n)
+        else:
+            own = _SelfThrough(fit.curvature, Inverse(damping), n, capture)
+        sweep(capture, fit.train, [own], Loss(), batches=fit.batches(fit.train), progress=progress, note="self")
+        return (own.finish() / n).float()  # type: ignore[attr-defined]
+
+
+class _SelfThrough(Accumulator):
+    """Quadratic forms through `apply`, a batch at a time, for curvature that is not layerwise."""
+
+    def __init__(self, curvature: Curvature, function: Inverse, n: int, capture: Capture):
+        self.curvature, self.function, self.layers = curvature, function, capture.layers
+        self.scores = torch.zeros(n, dtype=torch.float64)
+        self._batch = CollectGradients(self.layers.values())
+
+    def update(self, rows) -> None:
+        self._batch.update(rows)
+
+    def end_batch(self, batch) -> None:
+        self._batch.end_batch(batch)
+        gradients, indices, _ = self._batch.finish()
+        for start in range(0, len(gradients), 64):  # whole matrices of 64 examples at a time
+            part = gradients[start : start + 64].dense()
+            applied = self.curvature.apply(part, self.function)
+            own = sum((part.blocks[n] * applied.blocks[n]).flatten(1).sum(1).double() for n in part.blocks)
+            self.scores[indices[start : start + 64]] = own.cpu()  # type: ignore[union-attr]
+        self._batch = CollectGradients(self.layers.values())
+
+    def merge(self, other: "_SelfThrough") -> None:
+        self.scores += other.scores
+
+    def finish(self) -> Tensor:
+        return self.scores
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"scores": self.scores}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.scores = tensors["scores"]
+
+
+def refine(
+    fit: Fit,
+    gradients: Gradients,
+    damping: Damping,
+    curvature: Curvature | None = None,
+    *,
+    steps: int = 20,
+    tolerance: float = 1e-3,
+    progress: Progress | None = None,
+) -> tuple[Gradients, dict[str, Any]]:
+    """Solve (C + ρ I) x = g with the exact Gauss–Newton matrix, preconditioned by a fitted curvature.
+
+    Args:
+        fit: The fitted model.
+        gradients: Right-hand sides.
+        damping: ρ; relative damping is taken of the mean over all layers.
+        curvature: The preconditioner, the fit's own when left out.
+        steps: Most products with the exact matrix; each is a pass over the data for every 16 vectors.
+        tolerance: Relative residual at which a system is solved.
+
+    Returns:
+        The solutions, and the facts: steps taken and largest residual.
+    """
+    curvature = fit.curvature if curvature is None else curvature
+    shape = gradients.dense()
+    spectra = list(curvature.spectra().values())
+    mean = sum(float(s.double().sum()) for s in spectra) / sum(s.numel() for s in spectra)
+    rho = damping.absolute(mean)
+    product = GaussNewtonProduct(fit.capture(), fit.train, fit.batches(fit.train))
+    inverse = Inverse(Damping(rho))
+
+    def exact(x: Tensor) -> Tensor:
+        return product(shape.from_matrix(x)).to_matrix() + rho * x
+
+    def precondition(x: Tensor) -> Tensor:
+        return curvature.apply(shape.from_matrix(x), inverse).to_matrix()
+
+    def report(step: int, residual: float) -> None:
+        if progress is not None:
+            progress(step, steps, f"conjugate gradients, residual {residual:.1e}")
+
+    solution = conjugate_gradients(
+        exact, shape.to_matrix(), precondition=precondition, steps=steps, tolerance=tolerance, progress=report
+    )
+    facts = {"cg_steps": solution.steps, "cg_residual": float(solution.residual.max())}
+    return shape.from_matrix(solution.x), facts
+
+
+def _name(measurement: Measurement) -> str:
+    return measurement if isinstance(measurement, str) else getattr(measurement, "__name__", "custom")

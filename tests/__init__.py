@@ -1,0 +1,1 @@
+"""Tests mirror headwater/ path by path."""

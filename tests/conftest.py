@@ -1,0 +1,21 @@
+"""Settings that all tests share. Nothing of headwater is imported here: jaxtyping comes first."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing file fails at once
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Same examples every time; no deadline, because the first call of an operation in torch is slow.
+settings.register_profile("headwater", deadline=None, derandomize=True)
+settings.load_profile("headwater")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Start every test from the same state of torch's global generator."""
+    torch.manual_seed(0)

