@@ -1,5 +1,60 @@
 """The command line: one file per command, and each body is parse, call, show.
 
-Commands load on first use, so that `headwater --help` answers at once: nothing heavy may be
-imported at the top of this package.
+Commands load on first use, so that `headwater --help` answers at once: nothing heavy may be imported at the top of
+this package.
 """
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS: dict[str, str] = {
+    "finetune": "fine-tune a language model with a low-rank adapter, recording the run",
+    "doctor": "prove on a few examples that the numbers will be right",
+    "plan": "say what a fit and a trace will take on this machine",
+    "fit": "fit the curvature of a model over its training data, into a run folder",
+    "trace": "which training examples raised or lowered a completion",
+    "show": "show a saved trace again",
+    "rerun": "repeat a run from its run.json",
+    "cite": "BibTeX for what a run used",
+}
+
+HELP = """usage: headwater COMMAND ...
+
+Trace what a language model does back to the data that taught it.
+
+commands:
+{commands}
+
+examples:
+  headwater doctor path/to/model data.jsonl
+  headwater fit path/to/model data.jsonl --out runs/mine --heldout other.jsonl
+  headwater trace runs/mine --prompt "The river rises in" --source topic
+  headwater show runs/mine
+
+Every command has --help, and --json for machines. Models of other kinds: see the Python interface.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 a check failed, 2 the user's mistake, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        lines = (f"  {name:10} {about}" for name, about in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return 0
+    if words[0] == "--version":
+        from headwater import __version__
+
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(words[0], COMMANDS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(COMMANDS)}."
+        print(f"headwater: there is no command {words[0]!r}{hint}", file=sys.stderr)
+        return 2
+    from headwater.cli.common import guarded
+
+    return guarded(lambda: import_module(f"headwater.cli.{words[0]}").run(words[1:]))

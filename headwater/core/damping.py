@@ -41,7 +41,9 @@ class Damping:
                 "weight decay or an automatic choice."
             )
         if self.unit not in ("absolute", "relative"):
-            raise ValueError(f"Expected a damping unit 'absolute' or 'relative'; got {self.unit!r}.")
+            raise ValueError(
+                f"Expected a damping unit 'absolute' or 'relative'; got {self.unit!r}."
+            )
 
     def absolute(self, mean_eigenvalue: float) -> float:
         """The number to add to a layer's eigenvalues."""
@@ -73,12 +75,17 @@ def evidence(eigenvalues: Iterable[Tensor], *, n: int, distance: float, steps: i
     spectra = [e.flatten().double() for e in eigenvalues]
     mean = float(sum(e.sum() for e in spectra)) / sum(e.numel() for e in spectra)
     if distance <= 0 or mean <= 0:
-        raise ValueError("The evidence needs parameters that moved and a curvature that is not zero.")
+        raise ValueError(
+            "The automatic damping needs parameters that training moved and a curvature that is not zero; here their "
+            f"squared distance is {distance:.3g} and the mean eigenvalue {mean:.3g}. Pass a number instead."
+        )
     damping = mean
     for _ in range(steps):
         determined = float(sum((e / (e + damping)).sum() for e in spectra))
-        update = determined / (n * distance)
-        if abs(update - damping) <= 1e-6 * damping:
+        # The update falls as the damping grows, and alone may swing about the fixed point for long. The geometric
+        # mean of the two at least halves the distance to it, in logarithms, with each step.
+        update = (damping * determined / (n * distance)) ** 0.5
+        if abs(update - damping) <= 1e-12 * damping:
             return update
         damping = update
     return damping
@@ -102,6 +109,8 @@ def parse_damping(text: str | float | Damping) -> Damping | str:
     if text in ("auto", "weight_decay"):
         return text
     try:
+        if len(words) > 2:
+            raise ValueError("more than a number and a unit")
         return Damping(float(words[0]), words[1] if len(words) > 1 else "absolute")  # type: ignore[arg-type]
     except (IndexError, ValueError) as error:
         raise ValueError(
@@ -112,7 +121,3 @@ def parse_damping(text: str | float | Damping) -> Damping | str:
 def mean_of(eigenvalues: Tensor) -> float:
     """Mean eigenvalue of a layer, the unit of relative damping."""
     return float(eigenvalues.double().mean()) if eigenvalues.numel() else 0.0
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors)

@@ -10,7 +10,15 @@ from torch import nn
 
 from headwater.core import provenance
 from headwater.core.capture import BatchPlan, Capture, Progress, plan_batches
-from headwater.core.curvature import METHODS, Curvature, CurvatureMethod, Dual, EKFAC, FitContext, restore
+from headwater.core.curvature import (
+    EKFAC,
+    METHODS,
+    Curvature,
+    CurvatureMethod,
+    Dual,
+    FitContext,
+    restore,
+)
 from headwater.core.damping import Damping, evidence, parse_damping
 from headwater.core.doctor import check_loss
 from headwater.core.examples import Examples, as_examples, to_device
@@ -52,8 +60,15 @@ class Fit:
     def capture(self) -> Capture:
         return Capture(self.model, self.task, self.followed)
 
+    @property
+    def n_rows(self) -> int:
+        """Positions of the training data, all examples together."""
+        return sum(self.train.lengths) if self.train.lengths else len(self.train)
+
     def batches(self, examples: Examples, *, folds: int = 1) -> list[BatchPlan]:
-        return plan_batches(examples, batch_size=self.batch_size, batch_tokens=self.batch_tokens, folds=folds)
+        return plan_batches(
+            examples, batch_size=self.batch_size, batch_tokens=self.batch_tokens, folds=folds
+        )
 
     def damping(self, choice: str | float | Damping = "auto") -> Damping:
         """The damping behind a choice.
@@ -77,14 +92,16 @@ class Fit:
                     "choose damping='auto' or a number."
                 )
             return Damping(float(decay), source="weight decay of the training run")
-        n, distance = len(self.train), self.facts.get("distance") or _distance(self.model, self.followed)
+        n, distance = (
+            len(self.train),
+            self.facts.get("distance") or _distance(self.model, self.followed),
+        )
         value = evidence(self.curvature.spectra().values(), n=n, distance=distance)
         return Damping(value, source="evidence of the trained parameters")
 
     def damping_ratio(self, damping: Damping) -> float:
         """Damping over the mean eigenvalue: the number that decides quality more than the method does."""
-        spectra = list(self.curvature.spectra().values())
-        mean = sum(float(s.double().sum()) for s in spectra) / sum(s.numel() for s in spectra)
+        mean = self.curvature.mean_eigenvalue
         return damping.absolute(mean) / max(mean, 1e-30)
 
     def save(self, folder: str | Path) -> None:
@@ -125,13 +142,15 @@ def load(folder: str | Path, model: nn.Module, train: Any, task: Task) -> Fit:
     artifact.require(model=fingerprint_model(model), data=examples.fingerprint(), task=task.name)
     body = artifact.facts
     layers = tuple(
-        Layer(**{
-            **x,
-            "uses": tuple(Use(**u) for u in x["uses"]),
-            "shape": tuple(x["shape"]),
-            "parameters": tuple(x["parameters"]),
-            "shapes": tuple(tuple(s) for s in x["shapes"]),
-        })
+        Layer(
+            **{
+                **x,
+                "uses": tuple(Use(**u) for u in x["uses"]),
+                "shape": tuple(x["shape"]),
+                "parameters": tuple(x["parameters"]),
+                "shapes": tuple(tuple(s) for s in x["shapes"]),
+            }
+        )
         for x in body["layers"]
     )
     followed = Followed(
@@ -140,7 +159,9 @@ def load(folder: str | Path, model: nn.Module, train: Any, task: Task) -> Fit:
         tuple(tuple(t) for t in body["tied"]),
         tuple((n, k) for n, k in body["reused"]),
     )
-    curvature = restore(body["curvature"]["kind"], dict(artifact.tensors()), body["curvature"]["facts"])
+    curvature = restore(
+        body["curvature"]["kind"], dict(artifact.tensors()), body["curvature"]["facts"]
+    )
     return Fit(
         model=model,
         task=task,
@@ -213,10 +234,25 @@ def fit(
         "layers": layers if isinstance(layers, str) else list(layers),
         "skip": list(skip),
     }
-    made_from = {"model": fingerprint_model(model), "data": examples.fingerprint(), "task": task.name}
+    made_from = {
+        "model": fingerprint_model(model),
+        "data": examples.fingerprint(),
+        "task": task.name,
+    }
     record = {"weight_decay": weight_decay, "adaptive": adaptive, "distance": distance}
     if folder is None:
-        return _fit(method, capture, examples, followed, options, made_from, record, batch_size, batch_tokens, progress)
+        return _fit(
+            method,
+            capture,
+            examples,
+            followed,
+            options,
+            made_from,
+            record,
+            batch_size,
+            batch_tokens,
+            progress,
+        )
     place = Path(folder)
     if _finished(place, made_from, options | record):
         return load(place, model, examples, task)
@@ -224,7 +260,17 @@ def fit(
     with FolderLock(unfinished):
         work = unfinished / fingerprint_json([made_from, options, batch_size, batch_tokens])[:16]
         made = _fit(
-            method, capture, examples, followed, options, made_from, record, batch_size, batch_tokens, progress, work
+            method,
+            capture,
+            examples,
+            followed,
+            options,
+            made_from,
+            record,
+            batch_size,
+            batch_tokens,
+            progress,
+            work,
         )
         made.save(place)
         for stage in work.glob("*"):
@@ -246,7 +292,9 @@ def _fit(
     work: Path | None = None,
 ) -> Fit:
     started = time.perf_counter()
-    plans = plan_batches(examples, batch_size=batch_size, batch_tokens=batch_tokens, folds=method.folds)
+    plans = plan_batches(
+        examples, batch_size=batch_size, batch_tokens=batch_tokens, folds=method.folds
+    )
     fitted = method.fit(FitContext(capture, examples, plans, progress, work))
     facts = {"made_from": made_from, "options": options, "seconds": time.perf_counter() - started}
     return Fit(
@@ -271,13 +319,17 @@ def _finished(place: Path, made_from: dict[str, str], options: dict[str, Any]) -
     return artifact.made_from == made_from and fingerprint_json(known) == fingerprint_json(options)
 
 
-def _choose(curvature: CurvatureMethod | str, capture: Capture, examples: Examples) -> CurvatureMethod:
+def _choose(
+    curvature: CurvatureMethod | str, capture: Capture, examples: Examples
+) -> CurvatureMethod:
     """The curvature asked for; for "auto", the dual form where its rows fit."""
     if isinstance(curvature, CurvatureMethod):
         return curvature
     if curvature != "auto":
         if curvature not in METHODS:
-            raise ValueError(f"Expected a curvature among {', '.join(METHODS)} or 'auto'; got {curvature!r}.")
+            raise ValueError(
+                f"Expected a curvature among {', '.join(METHODS)} or 'auto'; got {curvature!r}."
+            )
         return METHODS[curvature]()
     from headwater.core.plan import dual_rows
 
@@ -291,5 +343,3 @@ def _distance(model: nn.Module, followed: Followed) -> float:
     named = dict(model.named_parameters(remove_duplicate=False))
     names = {n for layer in followed for n in layer.parameters if n in named}
     return sum(float(named[n].detach().double().square().sum()) for n in names)
-
-

@@ -41,21 +41,38 @@ class GaussNewtonProduct:
         at_once: Vectors multiplied in one pass.
     """
 
-    def __init__(self, capture: Capture, examples: Examples, batches: Sequence[BatchPlan], *, at_once: int = 16):
-        self.capture, self.examples, self.batches, self.at_once = capture, examples, list(batches), at_once
+    def __init__(
+        self,
+        capture: Capture,
+        examples: Examples,
+        batches: Sequence[BatchPlan],
+        *,
+        at_once: int = 16,
+    ):
+        self.capture, self.examples, self.batches, self.at_once = (
+            capture,
+            examples,
+            list(batches),
+            at_once,
+        )
         self.layers = list(capture.layers.values())
         self._module = _Outputs(capture.model, capture.task)
         named = dict(capture.model.named_parameters(remove_duplicate=False))
         self._parameters = {
-            f"model.{name}": named[name].detach() for layer in self.layers for name in layer.parameters
+            f"model.{name}": named[name].detach()
+            for layer in self.layers
+            for name in layer.parameters
         }
 
     def __call__(self, gradients: Gradients) -> Gradients:
         """C v for each of the given vectors."""
-        parts = [self._chunk(gradients[s : s + self.at_once]) for s in range(0, len(gradients), self.at_once)]
-        return Gradients({
-            name: torch.cat([part.blocks[name] for part in parts]) for name in gradients.blocks
-        })
+        parts = [
+            self._chunk(gradients[s : s + self.at_once])
+            for s in range(0, len(gradients), self.at_once)
+        ]
+        return Gradients(
+            {name: torch.cat([part.blocks[name] for part in parts]) for name in gradients.blocks}
+        )
 
     def _chunk(self, gradients: Gradients) -> Gradients:
         tangents = parameters_of(gradients, self.layers)

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from headwater.core.capture import Accumulator, Rows
 from headwater.core.layers import Layer
 from headwater.numerics import kronecker
 
 _CHUNK = 1 << 25  # numbers held at a time by intermediate products
+_WRITE = 8  # writing and reading a number takes about as long as this many multiplications
 
 
 @dataclass(frozen=True)
 class Factored:
-    """Gradients of n examples, $\\sum_t g_t a_t^\\top$ each; groups, if any, are the first axis.
+    r"""Gradients of n examples, $\sum_t g_t a_t^\top$ each; groups, if any, are the first axis.
 
     Attributes:
         a: (n, pos, in).
@@ -36,6 +38,15 @@ class Factored:
     @property
     def pos(self) -> int:
         return self.a.shape[-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the numbers."""
+        return self.a.dtype
+
+    def to(self, dtype: torch.dtype) -> "Factored":
+        """The same gradients in another precision."""
+        return self if dtype == self.dtype else Factored(self.a.to(dtype), self.g.to(dtype))
 
     @property
     def matrix_numel(self) -> int:
@@ -58,6 +69,7 @@ def dense(block: Block) -> Tensor:
 
 def inner(x: Block, y: Block) -> Float[Tensor, "n m"]:
     """Inner products of all pairs of gradients of one layer, in the cheapest order of contraction."""
+    x, y = _alike(x, y)
     if isinstance(x, Factored) and isinstance(y, Factored):
         pairs = len(x) * len(y)
         by_gram = pairs * x.pos * y.pos * (x.a.shape[-1] + x.g.shape[-1])
@@ -68,6 +80,12 @@ def inner(x: Block, y: Block) -> Float[Tensor, "n m"]:
     if isinstance(y, Factored):
         return _inner_half(x, y)
     return x.flatten(1) @ y.flatten(1).mT
+
+
+def _alike(x: Block, y: Block) -> tuple[Block, Block]:
+    """Both in the wider of their two precisions."""
+    wide = torch.promote_types(x.dtype, y.dtype)
+    return x.to(wide), y.to(wide)
 
 
 def _inner_gram(x: Factored, y: Factored) -> Tensor:
@@ -88,21 +106,35 @@ def _inner_gram(x: Factored, y: Factored) -> Tensor:
 
 
 def _inner_half(x: Tensor, y: Factored) -> Tensor:
-    """Dense x (n, *block) with factored y: contract y's inputs first, or form y's gradients."""
-    n, m, (d_out, d_in) = len(x), len(y), x.shape[-2:]
-    if x.ndim == 3 and y.pos * n < d_in:
-        step = max(1, _CHUNK // (n * d_out * y.pos))
-        weights = x.reshape(n * d_out, d_in)
-        parts = []
-        for start in range(0, m, step):
-            part = y[start : start + step]
-            seen = (part.a.flatten(0, 1) @ weights.mT).view(len(part), y.pos, n, d_out)
-            parts.append(torch.einsum("mtno,mto->nm", seen, part.g))
-        return torch.cat(parts, dim=1)
-    step = max(1, _CHUNK // x[0].numel())
-    flat = x.flatten(1)
-    parts = [flat @ y[s : s + step].dense().flatten(1).mT for s in range(0, m, step)]
+    """Dense x (n, *block) with factored y: contract the longer side of y first, or form y's gradients.
+
+    Both take n · out · in multiplications for each y and position, or for each y; what decides is how many numbers
+    are written in between: n · pos times the shorter side, or a whole gradient.
+    """
+    n, m, pos, sides = len(x), len(y), y.pos, sorted(x.shape[-2:])
+    by_sides = n * pos * (1 + _WRITE / sides[1])
+    if x.ndim > 3 or by_sides > n + pos + _WRITE:
+        step = max(1, _CHUNK // x[0].numel())
+        flat = x.flatten(1)
+        return torch.cat(
+            [flat @ y[s : s + step].dense().flatten(1).mT for s in range(0, m, step)], dim=1
+        )
+    parts = []
+    for start in range(0, m, step := max(1, _CHUNK // (n * pos * sides[0]))):
+        a, g = y.a[start : start + step], y.g[start : start + step]
+        first, last, weights = (a, g, x.mT) if a.shape[-1] >= g.shape[-1] else (g, a, x)
+        seen = (first.flatten(0, 1) @ weights).view(n, len(a), pos * sides[0])
+        parts.append(torch.einsum("nms,ms->nm", seen, last.flatten(1)))
     return torch.cat(parts, dim=1)
+
+
+def combined(block: Block, weights: Float[Tensor, "k n"]) -> Float[Tensor, "k ..."]:
+    """Linear combinations of one layer's gradients, dense; factored ones are never formed one by one."""
+    if not isinstance(block, Factored):
+        return torch.tensordot(weights.to(block), block, dims=1)
+    a, g = block.a.flatten(-3, -2), block.g.flatten(-3, -2)
+    each = weights.to(a).repeat_interleave(block.pos, dim=1)[..., None]
+    return torch.stack([(g * w).mT @ a for w in each])
 
 
 class Gradients:
@@ -144,10 +176,7 @@ class Gradients:
 
     def combine(self, weights: Float[Tensor, "k n"]) -> "Gradients":
         """Linear combinations of the gradients, dense: groups of queries, and contrasts."""
-        return Gradients({
-            name: torch.tensordot(weights.to(dense(block)), dense(block), dims=1)
-            for name, block in self.blocks.items()
-        })
+        return Gradients({name: combined(block, weights) for name, block in self.blocks.items()})
 
     def to_matrix(self) -> Float[Tensor, "n p"]:
         """All layers flattened side by side."""
@@ -157,21 +186,34 @@ class Gradients:
         """Inverse of `to_matrix`, with this object's layers and shapes."""
         sizes = [dense(block[:1]).shape[1:] for block in self.blocks.values()]
         parts = matrix.split([s.numel() for s in sizes], dim=1)
-        return Gradients({
-            name: part.reshape(-1, *size) for name, part, size in zip(self.blocks, parts, sizes, strict=True)
-        })
+        return Gradients(
+            {
+                name: part.reshape(-1, *size)
+                for name, part, size in zip(self.blocks, parts, sizes, strict=True)
+            }
+        )
 
     def low_rank(self, rank: int) -> "Gradients":
         """The best approximation of each matrix by `rank` outer products, held factored."""
-        return Gradients({name: _low_rank(dense(block), rank) for name, block in self.blocks.items()})
+        return Gradients(
+            {name: _low_rank(dense(block), rank) for name, block in self.blocks.items()}
+        )
 
 
 def squared_norms(block: Block) -> Float[Tensor, " n"]:
-    """Squared Euclidean norms of one layer's gradients."""
-    if isinstance(block, Factored) and block.pos == 1:
-        each = block.a.square().sum((-1, -2)) * block.g.square().sum((-1, -2))
-        return each if each.ndim == 1 else each.sum(0)
-    return dense(block).flatten(1).square().sum(1)
+    """Squared Euclidean norms of one layer's gradients, in the cheapest order of contraction."""
+    if not isinstance(block, Factored):
+        return block.flatten(1).square().sum(1)
+    a, g, pos = block.a, block.g, block.pos
+    if pos == 1:
+        each = a.square().sum((-1, -2)) * g.square().sum((-1, -2))
+    elif pos * (a.shape[-1] + g.shape[-1]) <= block.matrix_numel:
+        each = ((a @ a.mT) * (g @ g.mT)).sum((-1, -2))
+    else:
+        step = max(1, _CHUNK // block.matrix_numel)
+        parts = [block[s : s + step].dense().flatten(1) for s in range(0, len(block), step)]
+        return torch.cat([part.square().sum(1) for part in parts])
+    return each if each.ndim == 1 else each.sum(0)
 
 
 def _low_rank(x: Tensor, rank: int) -> Block:
@@ -185,7 +227,7 @@ def _low_rank(x: Tensor, rank: int) -> Block:
 class CollectGradients(Accumulator):
     """Keeps the gradient of every row, scaled by the root of its weight: queries, and the rows of a Fisher.
 
-    Rows with one position are kept factored.
+    Each is kept dense or factored, whichever is smaller, in float32 at least.
     """
 
     def __init__(self, layers: Iterable[Layer], *, factored: bool = True):
@@ -195,12 +237,14 @@ class CollectGradients(Accumulator):
         self._factored = factored
 
     def update(self, rows: Rows) -> None:
-        g = rows.g
+        wide = torch.promote_types(rows.a.dtype, torch.float32)
+        a, g = rows.a.to(wide), rows.g.to(wide)
         if rows.batch.weights is not None:
             g = g * rows.batch.weights.to(g).sqrt()[:, None, None]
-        block = Factored(rows.a, g)
-        keep = self._factored and rows.pos == 1
-        self._parts[rows.layer.name].append(Factored(rows.a.clone(), g.clone()) if keep else block.dense())
+        block = Factored(a, g)
+        smaller = rows.pos * (a.shape[-1] + g.shape[-1]) < block.matrix_numel or rows.pos == 1
+        keep = Factored(a.clone(), g.clone()) if self._factored and smaller else block.dense()
+        self._parts[rows.layer.name].append(keep)
 
     def end_batch(self, batch) -> None:
         self._indices.append(batch.indices)
@@ -247,7 +291,12 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 
 def _joined(parts: list[Block]) -> Block:
-    if all(isinstance(p, Factored) for p in parts):
-        a = torch.cat([p.a for p in parts], dim=-3)  # type: ignore[union-attr]
-        return Factored(a, torch.cat([p.g for p in parts], dim=-3))  # type: ignore[union-attr]
-    return torch.cat([dense(p) for p in parts])
+    """Parts one after the other; factored ones get positions of zeros up to the longest."""
+    factored = [p for p in parts if isinstance(p, Factored)]
+    if len(factored) < len(parts):
+        return torch.cat([dense(p) for p in parts])
+    pos = max(p.pos for p in factored)
+    a, g = (
+        torch.cat([pad(getattr(p, side), (0, 0, 0, pos - p.pos)) for p in factored], dim=-3) for side in "ag"
+    )
+    return Factored(a, g)

@@ -48,7 +48,9 @@ class Scores:
     def __post_init__(self):
         shape = (len(self.query_ids), len(self.train_ids))
         if tuple(self.values.shape) != shape:
-            raise ValueError(f"Expected scores {shape} for these ids; got {tuple(self.values.shape)}.")
+            raise ValueError(
+                f"Expected scores {shape} for these ids; got {tuple(self.values.shape)}."
+            )
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -56,7 +58,9 @@ class Scores:
     def __sub__(self, other: "Scores") -> "Scores":
         """A contrast: why this rather than that, query by query."""
         if self.train_ids != other.train_ids or len(self) != len(other):
-            raise ValueError("A contrast needs scores of as many queries over the same training examples.")
+            raise ValueError(
+                "A contrast needs scores of as many queries over the same training examples."
+            )
         ids = [f"{a} - {b}" for a, b in zip(self.query_ids, other.query_ids, strict=True)]
         control = None
         if self.control is not None and other.control is not None:
@@ -67,7 +71,9 @@ class Scores:
             train_ids=self.train_ids,
             measurement=f"{self.measurement} (difference)",
             control=control,
-            significance=None if control is None else significance(self.values - other.values, control),
+            significance=None
+            if control is None
+            else significance(self.values - other.values, control),
             metadata=self.metadata,
             facts=self.facts,
         )
@@ -103,7 +109,9 @@ class Scores:
     def by(self, column: str) -> dict[str, Float[Tensor, " query"]]:
         """Total score of each value of a metadata column (query)."""
         if column not in self.metadata:
-            raise ValueError(f"There is no metadata column {column!r}; there are: {', '.join(self.metadata) or 'none'}.")
+            raise ValueError(
+                f"There is no metadata column {column!r}; there are: {', '.join(self.metadata) or 'none'}."
+            )
         names = [str(v) for v in self.metadata[column]]
         totals = {}
         for name in sorted(set(names)):
@@ -114,11 +122,15 @@ class Scores:
     def save(self, folder: str | Path) -> None:
         """Write the scores as an artifact: tensors, a table of the training examples, a manifest."""
         facts = {k: getattr(self, k) for k in ("query_ids", "measurement", "layers", "facts")}
-        with ArtifactWriter(folder, kind="scores", facts=facts, made_from=self.facts.get("made_from", {})) as writer:
+        with ArtifactWriter(
+            folder, kind="scores", facts=facts, made_from=self.facts.get("made_from", {})
+        ) as writer:
             for name in _TENSORS:
                 if getattr(self, name) is not None:
                     writer.tensor(name, getattr(self, name))
-            writer.table("train", {"id": self.train_ids} | {f"meta:{k}": v for k, v in self.metadata.items()})
+            writer.table(
+                "train", {"id": self.train_ids} | {f"meta:{k}": v for k, v in self.metadata.items()}
+            )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Scores":
@@ -151,11 +163,19 @@ class Scores:
 
     def __repr__(self) -> str:
         q, n = self.values.shape
-        lines = [f"Scores({q} queries × {n} training examples, change of {self.measurement} in nats)"]
-        for name, most, least in list(zip(self.query_ids, self.top(3), self.top(3, lowest=True), strict=True))[:5]:
+        lines = [
+            f"Scores({q} queries × {n} training examples, change of {self.measurement} in nats)"
+        ]
+        for name, most, least in list(
+            zip(self.query_ids, self.top(3), self.top(3, lowest=True), strict=True)
+        )[:5]:
             row = self.query_ids.index(name)
-            raised = ", ".join(f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in most)
-            lowered = ", ".join(f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in least)
+            raised = ", ".join(
+                f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in most
+            )
+            lowered = ", ".join(
+                f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in least
+            )
             lines.append(f"  {name}: raised by {raised}; lowered by {lowered}")
         if q > 5:
             lines.append(f"  … and {q - 5} more queries")

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from headwater.core.capture import Accumulator, BatchInfo, Rows
 from headwater.core.curvature.base import Preconditioned
-from headwater.core.gradients import Factored, squared_norms
+from headwater.core.curvature.moments import Basis, SharedRotation, rotates_first
+from headwater.core.gradients import Factored, Gradients, dense, inner, squared_norms
 from headwater.numerics import kronecker
+
+_CHUNK = 1 << 25  # numbers of gradients held at a time
 
 
 class PairScores(Accumulator):
@@ -18,25 +21,26 @@ class PairScores(Accumulator):
     Args:
         queries: Preconditioned queries.
         n: Number of training examples.
-        by_layer: Also keep the part of each layer, (layer, query, train).
-        layers: Names of the layers, for `by_layer`.
+        by_layer: Names of layers whose part is kept as well, (query, train) each.
     """
 
     def __init__(self, queries: Preconditioned, n: int, *, by_layer: Iterable[str] = ()):
-        self.queries = queries
         self.scores = torch.zeros(queries.n, n, dtype=torch.float64)
         self.by_layer = {name: torch.zeros(queries.n, n) for name in by_layer}
+        # a combination of rows is only multiplied out after the last layer, so its layers are not told apart
+        self.queries = Preconditioned(queries.dense()) if self.by_layer else queries
+        self._batch: Tensor | None = None
 
     def update(self, rows: Rows) -> None:
-        part = self.queries.layer(rows.layer.name, Factored(rows.a, rows.g)).double().cpu()
-        self.scores[:, rows.batch.indices] += part
+        part = self.queries.layer(rows.layer.name, Factored(rows.a, rows.g)).double()
+        self._batch = part if self._batch is None else self._batch.add_(part)
         if rows.layer.name in self.by_layer:
-            self.by_layer[rows.layer.name][:, rows.batch.indices] += part.float()
+            self.by_layer[rows.layer.name][:, rows.batch.indices] = part.float().cpu()
 
     def end_batch(self, batch: BatchInfo) -> None:
-        rest = self.queries.finish_batch()
-        if rest is not None:
-            self.scores[:, batch.indices] += rest.double().cpu()
+        total, rest, self._batch = self._batch, self.queries.finish_batch(), None
+        if total is not None:
+            self.scores[:, batch.indices] = (total if rest is None else total + rest).cpu()
 
     def merge(self, other: "PairScores") -> None:
         self.scores += other.scores
@@ -54,10 +58,59 @@ class PairScores(Accumulator):
         self.by_layer = {k: tensors[f"l:{k}"] for k in self.by_layer}
 
 
-class TokenScores(Accumulator):
-    """The parts of inner products carried by each position: (query, train, pos), for layers whose positions agree.
+class ReplicateScores(Accumulator):
+    r"""Inner products under several functions that share one Kronecker eigenbasis, (replicate, query, train).
 
-    A position's part is the sum over layers of $g_t^\\top M a_t$; layers without positions of their own (gains of
+    Queries and gradients are rotated once, and each replicate is a product with its factors in between.
+
+    Args:
+        queries: The queries' gradients, not preconditioned.
+        bases: (Q_A, Q_G) of each layer.
+        factors: f of the eigenvalues, (replicate, \*block) for each layer.
+        n: Number of training examples.
+    """
+
+    def __init__(
+        self, queries: Gradients, bases: dict[str, Basis], factors: dict[str, Tensor], n: int
+    ):
+        self.rotated = {
+            name: kronecker.change_basis(x := dense(block), *_like(x, bases[name]))
+            for name, block in queries.blocks.items()
+        }
+        self.bases, self.factors = bases, factors
+        n_replicates = len(next(iter(factors.values())))
+        self.scores = torch.zeros(n_replicates, len(queries), n, dtype=torch.float64)
+        self._shared = SharedRotation()
+
+    def update(self, rows: Rows) -> None:
+        name, index = rows.layer.name, rows.batch.indices
+        Q_A, Q_G = _like(rows.a, self.bases[name])
+        block = Factored(self._shared(rows.a, Q_A), kronecker.rotate(rows.g, Q_G))
+        queries = self.rotated[name]
+        for replicate, factor in enumerate(self.factors[name]):
+            part = inner(queries * factor.to(queries), block)
+            self.scores[replicate][:, index] += part.double().cpu()
+
+    def end_batch(self, batch: BatchInfo) -> None:
+        self._shared.clear()
+
+    def merge(self, other: "ReplicateScores") -> None:
+        self.scores += other.scores
+
+    def finish(self) -> Float[Tensor, "replicate query train"]:
+        return self.scores
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"scores": self.scores}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.scores = tensors["scores"]
+
+
+class TokenScores(Accumulator):
+    r"""The parts of inner products carried by each position: (query, train, pos), for layers whose positions agree.
+
+    A position's part is the sum over layers of $g_t^\top M a_t$; layers without positions of their own (gains of
     norms, pooled heads) are gathered in `elsewhere`.
 
     Args:
@@ -73,16 +126,13 @@ class TokenScores(Accumulator):
         self.width = width
 
     def update(self, rows: Rows) -> None:
-        block = self.queries.blocks[rows.layer.name]
-        a, g = rows.a, rows.g
-        if isinstance(block, Factored):
-            block = block.dense()
-        index = rows.batch.indices
-        if a.ndim != 3 or rows.pos == 1 or rows.pos > self.width:
-            total = block.flatten(1) @ Factored(a, g).dense().flatten(1).mT
-            self.elsewhere[:, index] += total.float().cpu()
+        block, index = self.queries.blocks[rows.layer.name], rows.batch.indices
+        if rows.a.ndim != 3 or rows.pos == 1 or rows.pos > self.width:
+            self.elsewhere[:, index] += inner(block, Factored(rows.a, rows.g)).float().cpu()
             return
-        for q, matrix in enumerate(block):
+        whole = dense(block)
+        a, g = rows.a.to(whole), rows.g.to(whole)
+        for q, matrix in enumerate(whole):
             part = ((a @ matrix.mT) * g).sum(-1)
             self.scores[q, index, : rows.pos] += part.float().cpu()
 
@@ -109,31 +159,34 @@ class SelfScores(Accumulator):
         n: Number of training examples.
     """
 
-    def __init__(self, bases: dict, factors: dict[str, Tensor], n: int):
+    def __init__(self, bases: dict[str, Basis], factors: dict[str, Tensor], n: int):
         self.bases, self.factors = bases, factors
         self.scores = torch.zeros(n, dtype=torch.float64)
+        self._shared = SharedRotation()
 
     def update(self, rows: Rows) -> None:
-        name, a, g = rows.layer.name, rows.a, rows.g
-        Q_A, Q_G = (None if q is None else q.to(a) for q in self.bases[name])
-        factor = self.factors[name].to(a)
+        a, g = rows.a, rows.g
+        Q_A, Q_G = _like(a, self.bases[rows.layer.name])
+        factor = self.factors[rows.layer.name].to(a)
+        if rotates_first(rows):
+            a, g, Q_A, Q_G = self._shared(a, Q_A), kronecker.rotate(g, Q_G), None, None
         if rows.pos == 1:
-            g2 = kronecker.rotate(g, Q_G).squeeze(-2).square()
-            part = ((g2 @ factor) * kronecker.rotate(a, Q_A).squeeze(-2).square()).sum(-1)
+            a2, g2 = a.squeeze(-2).square(), g.squeeze(-2).square()
+            part = ((g2 @ factor) * a2).sum(-1)
         else:
-            part = self._summed(a, g, Q_A, Q_G, factor)
+            step = max(1, _CHUNK // rows.layer.numel)
+            part = torch.cat(
+                [
+                    _weighted_squares(a[..., s : s + step, :, :], g[..., s : s + step, :, :], Q_A, Q_G, factor)
+                    for s in range(0, a.shape[-3], step)
+                ],
+                dim=-1,
+            )
         part = part if part.ndim == 1 else part.sum(0)
         self.scores.index_add_(0, rows.batch.indices, part.double().cpu())
 
-    @staticmethod
-    def _summed(a: Tensor, g: Tensor, Q_A, Q_G, factor: Tensor) -> Tensor:
-        d_in, d_out, pos = a.shape[-1], g.shape[-1], a.shape[-2]
-        if pos * (d_in**2 + d_out**2) <= d_in * d_out * (d_in + d_out):
-            rotated = kronecker.gradient(kronecker.rotate(a, Q_A), kronecker.rotate(g, Q_G))
-        else:
-            matrices = kronecker.gradient(a, g).movedim(-3, 0)
-            rotated = kronecker.change_basis(matrices, Q_A, Q_G).movedim(0, -3)
-        return (rotated.square_() * factor[..., None, :, :]).sum((-1, -2))
+    def end_batch(self, batch: BatchInfo) -> None:
+        self._shared.clear()
 
     def merge(self, other: "SelfScores") -> None:
         self.scores += other.scores
@@ -146,6 +199,18 @@ class SelfScores(Accumulator):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.scores = tensors["scores"]
+
+
+def _weighted_squares(a: Tensor, g: Tensor, Q_A: Tensor | None, Q_G: Tensor | None, factor: Tensor) -> Tensor:
+    """Sum of the squared coordinates of each gradient in a basis, times `factor` (groups, batch)."""
+    matrices = kronecker.gradient(a, g).movedim(-3, 0)
+    squares = kronecker.change_basis(matrices, Q_A, Q_G).square_()
+    return (squares * factor).sum((-1, -2)).movedim(0, -1)
+
+
+def _like(x: Tensor, basis: Basis) -> Basis:
+    Q_A, Q_G = basis
+    return None if Q_A is None else Q_A.to(x), None if Q_G is None else Q_G.to(x)
 
 
 class Norms(Accumulator):

@@ -67,7 +67,9 @@ def conjugate_gradients(
         if not bool(open_.any()):
             break
         Ap = product(p)
-        alpha = torch.where(open_, rz / (p * Ap).sum(1).clamp(min=torch.finfo(b.dtype).tiny), 0.0)[:, None]
+        alpha = torch.where(open_, rz / (p * Ap).sum(1).clamp(min=torch.finfo(b.dtype).tiny), 0.0)[
+            :, None
+        ]
         x, r = x + alpha * p, r - alpha * Ap
         z = apply(r)
         following = (r * z).sum(1)

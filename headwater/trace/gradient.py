@@ -25,7 +25,9 @@ from headwater.trace.base import Attributor
 from headwater.trace.influence import query_gradients
 
 
-def cosine(dot: Float[Tensor, "query train"], x: Float[Tensor, " query"], y: Float[Tensor, " train"]) -> Tensor:
+def cosine(
+    dot: Float[Tensor, "query train"], x: Float[Tensor, " query"], y: Float[Tensor, " train"]
+) -> Tensor:
     """Cosines from inner products and norms; zero where a gradient is zero."""
     scale = x[:, None] * y[None, :]
     return torch.where(scale > 0, dot / scale.clamp(min=torch.finfo(dot.dtype).tiny), 0.0)
@@ -51,18 +53,31 @@ class _Similarity(Attributor):
         gradients = query_gradients(fit, examples, measurement, weights, progress)
         capture, n = fit.capture(), len(fit.train)
         pairs, norms = PairScores(Preconditioned(gradients), n), Norms(n)
-        sweep(capture, fit.train, [pairs, norms], Loss(), batches=fit.batches(fit.train), progress=progress)
+        sweep(
+            capture,
+            fit.train,
+            [pairs, norms],
+            Loss(),
+            batches=fit.batches(fit.train),
+            progress=progress,
+        )
         values = -pairs.finish()
         if self.normalize:
             values = cosine(values, gradients.norms(), norms.finish())
         asked = fit.task.measurement_of if measurement is None else measurement
         return Scores(
             values=values.float(),
-            query_ids=examples.ids if weights is None else list(names or map(str, range(len(gradients)))),
+            query_ids=examples.ids
+            if weights is None
+            else list(names or map(str, range(len(gradients)))),
             train_ids=fit.train.ids,
             measurement=asked if isinstance(asked, str) else asked.__name__,
             metadata=fit.train.metadata,
-            facts={"method": type(self).__name__, "papers": [self.paper], "made_from": fit.made_from},
+            facts={
+                "method": type(self).__name__,
+                "papers": [self.paper],
+                "made_from": fit.made_from,
+            },
         )
 
 

@@ -47,7 +47,12 @@ def query_gradients(
     capture = fit.capture()
     collect = CollectGradients(capture.layers.values())
     sweep(
-        capture, queries, [collect], Measured(measurement), batches=fit.batches(queries), progress=progress,
+        capture,
+        queries,
+        [collect],
+        Measured(measurement),
+        batches=fit.batches(queries),
+        progress=progress,
         note="queries",
     )
     gradients = collect.finish()[0]
@@ -65,7 +70,15 @@ def inner_products(
 ) -> PairScores:
     """Inner products of prepared queries with the gradients of every example, in one sweep."""
     pairs = PairScores(prepared, len(examples), by_layer=by_layer)
-    sweep(fit.capture(), examples, [pairs], Loss(), batches=fit.batches(examples), progress=progress, note=note)
+    sweep(
+        fit.capture(),
+        examples,
+        [pairs],
+        Loss(),
+        batches=fit.batches(examples),
+        progress=progress,
+        note=note,
+    )
     return pairs
 
 
@@ -76,6 +89,8 @@ class Influence(Attributor):
     Args:
         damping: A number (absolute), "0.1 relative" (to the mean eigenvalue of each layer), "weight_decay", or "auto".
         rank: Hold each query's matrices as this many outer products; None holds them whole.
+        terms: Score with so many terms of a separable inverse, a cheap first stage for models with one position an
+            example; None scores exactly.
         n_intervals: How many of the strongest examples on each side get an interval, for each query.
         confidence_level: Of the intervals, which reflect the sampling of labels and of the fit's examples.
         cg_steps: Refine the inverse by this many steps of conjugate gradients against the exact Gauss–Newton matrix.
@@ -86,6 +101,7 @@ class Influence(Attributor):
 
     damping: str | float | Damping = "auto"
     rank: int | None = None
+    terms: int | None = None
     n_intervals: int = 10
     confidence_level: float = 0.95
     cg_steps: int = 0
@@ -130,7 +146,10 @@ class Influence(Attributor):
         held = None
         if control is not None:
             others = as_examples(control)
-            held = -inner_products(fit, prepared, others, progress=progress, note="held-out").finish() / n
+            held = (
+                -inner_products(fit, prepared, others, progress=progress, note="held-out").finish()
+                / n
+            )
         facts["seconds"] = time.perf_counter() - started
         ids = examples.ids if weights is None else list(names or map(str, range(len(gradients))))
         return Scores(
@@ -149,38 +168,62 @@ class Influence(Attributor):
         )
 
     def _prepare(
-        self, fit: Fit, curvature: Curvature, gradients: Gradients, damping: Damping, progress: Progress | None
+        self,
+        fit: Fit,
+        curvature: Curvature,
+        gradients: Gradients,
+        damping: Damping,
+        progress: Progress | None,
     ) -> tuple[Preconditioned, dict[str, Any]]:
         function = Inverse(damping)
         if self.cg_steps == 0:
-            prepared = curvature.prepare(gradients, function, len(fit.train))
+            prepared = curvature.prepare(gradients, function, fit.n_rows, terms=self.terms)
             if self.rank is not None:
                 prepared = Preconditioned(prepared.dense().low_rank(self.rank))
             return prepared, {}
         solved, facts = refine(
-            fit, gradients, damping, curvature, steps=self.cg_steps, tolerance=self.cg_tolerance, progress=progress
+            fit,
+            gradients,
+            damping,
+            curvature,
+            steps=self.cg_steps,
+            tolerance=self.cg_tolerance,
+            progress=progress,
         )
         return Preconditioned(solved), facts
 
     def _intervals(
-        self, fit: Fit, gradients: Gradients, damping: Damping, values: Tensor, progress: Progress | None
+        self,
+        fit: Fit,
+        gradients: Gradients,
+        damping: Damping,
+        values: Tensor,
+        progress: Progress | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Jackknife intervals of the strongest examples: the curvature with one fold left out each time."""
-        replicates = fit.curvature.replicates()
         k = min(self.n_intervals, values.shape[1])
+        replicates = fit.curvature.replicates() if k else ()
         if not replicates or k == 0 or self.cg_steps:
             return None, None
         ends = torch.cat([values.topk(k).indices, values.topk(k, largest=False).indices], dim=1)
         chosen = ends.unique()
         some = fit.train.subset(chosen.tolist())
-        scores = torch.stack([
-            -inner_products(
-                fit, replicate.prepare(gradients, Inverse(damping), len(some)), some, progress=progress,
-                note="intervals",
-            ).finish() / len(fit.train)
-            for replicate in replicates
-        ])
-        low, high = jackknife_interval(values[:, chosen], scores, confidence_level=self.confidence_level)
+        scores = torch.stack(
+            [
+                -inner_products(
+                    fit,
+                    replicate.prepare(gradients, Inverse(damping), len(some)),
+                    some,
+                    progress=progress,
+                    note="intervals",
+                ).finish()
+                / len(fit.train)
+                for replicate in replicates
+            ]
+        )
+        low, high = jackknife_interval(
+            values[:, chosen], scores, confidence_level=self.confidence_level
+        )
         full = torch.full((2, *values.shape), float("nan"))
         wanted = torch.zeros_like(values, dtype=torch.bool).scatter_(1, ends, True)
         full[0][:, chosen], full[1][:, chosen] = low.float(), high.float()
@@ -215,17 +258,27 @@ class Influence(Attributor):
         all positions, and the rest, add up to the score.
         """
         gradients = query_gradients(fit, as_examples(queries), measurement, weights)
-        prepared, _ = self._prepare(fit, fit.curvature, gradients, fit.damping(self.damping), progress)
+        prepared, _ = self._prepare(
+            fit, fit.curvature, gradients, fit.damping(self.damping), progress
+        )
         some = fit.train.subset(chosen)
         width = max(some.lengths) if some.lengths else 1
         parts = TokenScores(prepared, len(some), width)
         sweep(
-            fit.capture(), some, [parts], Loss(), batches=fit.batches(some), progress=progress, note="tokens"
+            fit.capture(),
+            some,
+            [parts],
+            Loss(),
+            batches=fit.batches(some),
+            progress=progress,
+            note="tokens",
         )
         n = len(fit.train)
         return -parts.finish() / n, -parts.elsewhere / n
 
-    def self_influence(self, fit: Fit, *, progress: Progress | None = None) -> Float[Tensor, " train"]:
+    def self_influence(
+        self, fit: Fit, *, progress: Progress | None = None
+    ) -> Float[Tensor, " train"]:
         r"""$\frac1N \nabla\ell_n^\top (C + \rho I)^{-1} \nabla\ell_n$: how far each example lowers its own loss.
 
         Never negative. Large for examples that nothing else in the data supports: mislabels, outliers, memorized text.
@@ -233,11 +286,21 @@ class Influence(Attributor):
         damping, n = fit.damping(self.damping), len(fit.train)
         capture = fit.capture()
         if isinstance(fit.curvature, Layerwise):
-            factors = {k: Inverse(damping)(e, mean_of(e)) for k, e in fit.curvature.eigenvalues.items()}
+            factors = {
+                k: Inverse(damping)(e, mean_of(e)) for k, e in fit.curvature.eigenvalues.items()
+            }
             own: Accumulator = SelfScores(fit.curvature.bases, factors, n)
         else:
             own = _SelfThrough(fit.curvature, Inverse(damping), n, capture)
-        sweep(capture, fit.train, [own], Loss(), batches=fit.batches(fit.train), progress=progress, note="self")
+        sweep(
+            capture,
+            fit.train,
+            [own],
+            Loss(),
+            batches=fit.batches(fit.train),
+            progress=progress,
+            note="self",
+        )
         return (own.finish() / n).float()  # type: ignore[attr-defined]
 
 
@@ -258,7 +321,9 @@ class _SelfThrough(Accumulator):
         for start in range(0, len(gradients), 64):  # whole matrices of 64 examples at a time
             part = gradients[start : start + 64].dense()
             applied = self.curvature.apply(part, self.function)
-            own = sum((part.blocks[n] * applied.blocks[n]).flatten(1).sum(1).double() for n in part.blocks)
+            own = sum(
+                (part.blocks[n] * applied.blocks[n]).flatten(1).sum(1).double() for n in part.blocks
+            )
             self.scores[indices[start : start + 64]] = own.cpu()  # type: ignore[union-attr]
         self._batch = CollectGradients(self.layers.values())
 
@@ -300,8 +365,7 @@ def refine(
     """
     curvature = fit.curvature if curvature is None else curvature
     shape = gradients.dense()
-    spectra = list(curvature.spectra().values())
-    mean = sum(float(s.double().sum()) for s in spectra) / sum(s.numel() for s in spectra)
+    mean = curvature.mean_eigenvalue
     rho = damping.absolute(mean)
     product = GaussNewtonProduct(fit.capture(), fit.train, fit.batches(fit.train))
     inverse = Inverse(Damping(rho))
@@ -317,11 +381,18 @@ def refine(
             progress(step, steps, f"conjugate gradients, residual {residual:.1e}")
 
     solution = conjugate_gradients(
-        exact, shape.to_matrix(), precondition=precondition, steps=steps, tolerance=tolerance, progress=report
+        exact,
+        shape.to_matrix(),
+        precondition=precondition,
+        steps=steps,
+        tolerance=tolerance,
+        progress=report,
     )
     facts = {"cg_steps": solution.steps, "cg_residual": float(solution.residual.max())}
     return shape.from_matrix(solution.x), facts
 
 
 def _name(measurement: Measurement) -> str:
-    return measurement if isinstance(measurement, str) else getattr(measurement, "__name__", "custom")
+    return (
+        measurement if isinstance(measurement, str) else getattr(measurement, "__name__", "custom")
+    )

@@ -55,9 +55,30 @@ class Curvature(ABC):
     def apply(self, gradients: Gradients, function: SpectralFunction) -> Gradients:
         """$f(C)\\,g$ for each gradient, with `function(eigenvalues, mean eigenvalue)` taken elementwise."""
 
-    def prepare(self, queries: Gradients, function: SpectralFunction, n_train: int) -> Preconditioned:
-        """Preconditioned queries in the form that is cheapest for `n_train` inner products each."""
+    def prepare(
+        self,
+        queries: Gradients,
+        function: SpectralFunction,
+        n_rows: int,
+        *,
+        terms: int | None = None,
+    ) -> Preconditioned:
+        """Preconditioned queries in the form that is cheapest to score a dataset with.
+
+        Args:
+            queries: The queries' gradients.
+            function: What to apply.
+            n_rows: Positions of the dataset, all examples together.
+            terms: Where the curvature is layerwise: terms of a separable approximation of `function`, a cheap first
+                stage; None is exact.
+        """
         return Preconditioned(self.apply(queries, function))
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Mean over all followed parameters: the unit of relative damping for the whole."""
+        spectra = list(self.spectra().values())
+        return sum(float(s.double().sum()) for s in spectra) / sum(s.numel() for s in spectra)
 
     @abstractmethod
     def spectra(self) -> dict[str, Tensor]:

@@ -88,8 +88,12 @@ class Dense(CurvatureMethod):
         matrix = rows.mT @ rows / n
         if self.block_diagonal:
             sizes = [layer.numel for layer in layers]
-            matrix = torch.block_diag(*[
-                matrix[start : start + size, start : start + size]
-                for start, size in zip([sum(sizes[:i]) for i in range(len(sizes))], sizes, strict=True)
-            ])
+            matrix = torch.block_diag(
+                *[
+                    matrix[start : start + size, start : start + size]
+                    for start, size in zip(
+                        [sum(sizes[:i]) for i in range(len(sizes))], sizes, strict=True
+                    )
+                ]
+            )
         return DenseCurvature(matrix, n)

@@ -21,7 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import sweep
-from headwater.core.curvature.base import Curvature, CurvatureMethod, FitContext, Preconditioned, SpectralFunction
+from headwater.core.curvature.base import (
+    Curvature,
+    CurvatureMethod,
+    FitContext,
+    Preconditioned,
+    SpectralFunction,
+)
 from headwater.core.damping import Inverse
 from headwater.core.gradients import Block, CollectGradients, Factored, Gradients, inner
 from headwater.core.store import Checkpoint
@@ -127,10 +133,15 @@ class DualCurvature(Curvature):
                 system.diagonal().add_(rho * n)
                 factor, info = torch.linalg.cholesky_ex(system)
                 if int(info) == 0:
-                    self.facts["condition"] = float((factor.diagonal().max() / factor.diagonal().min()) ** 2)
+                    self.facts["condition"] = float(
+                        (factor.diagonal().max() / factor.diagonal().min()) ** 2
+                    )
                     self._solved = {key: (factor, 1 / rho, True)}
                     return self._solved[key]
-                warnings.warn("The Gram matrix is not numerically positive; its eigenvalues are taken.", stacklevel=2)
+                warnings.warn(
+                    "The Gram matrix is not numerically positive; its eigenvalues are taken.",
+                    stacklevel=2,
+                )
             self._solved = {key: (*gram_middle(self.gram, n, function, mean), False)}
         return self._solved[key]
 
@@ -145,11 +156,20 @@ class DualCurvature(Curvature):
         coefficients, f0 = self._coefficients(gradients, function)
         return _combination(gradients, f0, coefficients, self.rows)
 
-    def prepare(self, queries: Gradients, function: SpectralFunction, n_train: int) -> Preconditioned:
+    def prepare(
+        self,
+        queries: Gradients,
+        function: SpectralFunction,
+        n_rows: int,
+        *,
+        terms: int | None = None,
+    ) -> Preconditioned:
         coefficients, f0 = self._coefficients(queries, function)
         sides = sum(_sides(block) for block in self.rows.blocks.values())
-        summed_once = len(queries) * self.n_parameters < n_train * sides
-        if summed_once or not all(isinstance(b, Factored) and b.pos == 1 for b in self.rows.blocks.values()):
+        summed_once = len(queries) * self.n_parameters < n_rows * sides
+        if summed_once or not all(
+            isinstance(b, Factored) and b.pos == 1 for b in self.rows.blocks.values()
+        ):
             return Preconditioned(_combination(queries, f0, coefficients, self.rows))
         return _Combined(queries, f0, coefficients, self.rows)
 
@@ -161,7 +181,9 @@ class DualCurvature(Curvature):
         for k in range(n_folds):
             keep = (self.folds != k).nonzero().squeeze(1)
             n = self.n_folds[torch.arange(n_folds) != k]
-            found.append(DualCurvature(self.rows[keep], self.folds[keep], n, gram=self.gram[keep][:, keep]))
+            found.append(
+                DualCurvature(self.rows[keep], self.folds[keep], n, gram=self.gram[keep][:, keep])
+            )
         return found
 
     def tensors(self) -> dict[str, Tensor]:
@@ -200,7 +222,9 @@ def _numel(block: Block) -> int:
 
 
 def _sides(block: Block) -> int:
-    return block.a.shape[-1] + block.g.shape[-1] if isinstance(block, Factored) else block[0].numel()
+    return (
+        block.a.shape[-1] + block.g.shape[-1] if isinstance(block, Factored) else block[0].numel()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +268,9 @@ class Dual(CurvatureMethod):
             stop=lambda: self._refuse(collect),
         )
         rows, indices, folds = collect.finish()
-        n_folds = torch.bincount(context.examples.keys[indices.unique()] % self.folds, minlength=self.folds)
+        n_folds = torch.bincount(
+            context.examples.keys[indices.unique()] % self.folds, minlength=self.folds
+        )
         facts: dict[str, Any] = {"rows": len(rows)}
         lost = getattr(target, "lost", None)
         if lost:

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from headwater.core.capture import Accumulator, sweep
-from headwater.core.curvature.base import Curvature, CurvatureMethod, FitContext, SpectralFunction
+from headwater.core.curvature.base import (
+    Curvature,
+    CurvatureMethod,
+    FitContext,
+    Preconditioned,
+    SpectralFunction,
+)
 from headwater.core.curvature.moments import Basis, EigenvalueSums, SecondMoments
+from headwater.core.curvature.prepared import InEigenbasis, in_basis
 from headwater.core.damping import mean_of
 from headwater.core.gradients import Gradients, dense
 from headwater.core.store import Checkpoint
@@ -36,11 +43,17 @@ class Layerwise(Curvature):
     kind: ClassVar[str] = "layerwise"
 
     def __init__(
-        self, bases: dict[str, Basis], sums: dict[str, Tensor], n_folds: Tensor, facts: dict[str, Any] | None = None
+        self,
+        bases: dict[str, Basis],
+        sums: dict[str, Tensor],
+        n_folds: Tensor,
+        facts: dict[str, Any] | None = None,
     ):
         self.bases, self.sums, self.n_folds, self.facts = bases, sums, n_folds.double(), facts or {}
         self.n_examples = float(n_folds.sum())
-        self.eigenvalues = {name: s.sum(0) / max(self.n_examples, 1e-30) for name, s in sums.items()}
+        self.eigenvalues = {
+            name: s.sum(0) / max(self.n_examples, 1e-30) for name, s in sums.items()
+        }
 
     def apply(self, gradients: Gradients, function: SpectralFunction) -> Gradients:
         applied = {}
@@ -49,8 +62,30 @@ class Layerwise(Curvature):
             eigenvalues = self.eigenvalues[name]
             Q_A, Q_G = (None if q is None else q.to(x) for q in self.bases[name])
             factor = function(eigenvalues, mean_of(eigenvalues)).to(x)
-            applied[name] = kronecker.change_back(kronecker.change_basis(x, Q_A, Q_G) * factor, Q_A, Q_G)
+            applied[name] = kronecker.change_back(
+                kronecker.change_basis(x, Q_A, Q_G) * factor, Q_A, Q_G
+            )
         return Gradients(applied)
+
+    def prepare(
+        self,
+        queries: Gradients,
+        function: SpectralFunction,
+        n_rows: int,
+        *,
+        terms: int | None = None,
+    ) -> Preconditioned:
+        # rotate the data's rows, or the queries' matrices back: whichever multiplies less
+        by_rows = by_queries = 0
+        for name, e in self.eigenvalues.items():
+            sides = [q.shape[-1] for q in self.bases[name] if q is not None]
+            by_rows += n_rows * sum(side**2 for side in sides) * (e.ndim == 2 or len(e))
+            by_queries += len(queries) * e.numel() * sum(sides)
+        if terms is None and by_rows > by_queries:
+            return Preconditioned(self.apply(queries, function))
+        rotated = {n: in_basis(block, self.bases[n]) for n, block in queries.blocks.items()}
+        factors = {n: function(e, mean_of(e)) for n, e in self.eigenvalues.items()}
+        return InEigenbasis(Gradients(rotated), self.bases, factors, self.eigenvalues, terms)
 
     def spectra(self) -> dict[str, Tensor]:
         return self.eigenvalues
@@ -61,7 +96,8 @@ class Layerwise(Curvature):
             return []
         keep = [torch.arange(n_folds) != k for k in range(n_folds)]
         return [
-            Layerwise(self.bases, {n: s[k] for n, s in self.sums.items()}, self.n_folds[k]) for k in keep
+            Layerwise(self.bases, {n: s[k] for n, s in self.sums.items()}, self.n_folds[k])
+            for k in keep
         ]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -118,8 +154,12 @@ class _Sampled(CurvatureMethod):
         target = fisher_target(self.fisher, draws=self.draws, cut=self.cut, seed=seed)
         batches = list(context.batches)
         stop = None
-        if self.tolerance is not None:  # batches are sorted by length: mix them, so that a part is like the whole
-            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+        if (
+            self.tolerance is not None
+        ):  # batches are sorted by length: mix them, so that a part is like the whole
+            order = torch.randperm(
+                len(batches), generator=torch.Generator().manual_seed(seed)
+            ).tolist()
             batches = [batches[i] for i in order]
 
             def stop() -> bool:
@@ -173,7 +213,10 @@ class KFAC(_Sampled):
         """The factors, from one sweep."""
         layers = context.capture.layers.values()
         moments = SecondMoments(
-            layers, reduce=self.approximation == "reduce", max_factor=self.max_factor, seed=self.seed
+            layers,
+            reduce=self.approximation == "reduce",
+            max_factor=self.max_factor,
+            seed=self.seed,
         )
         return moments, self._pass(context, moments, stage="moments", seed=self.seed)
 
@@ -220,7 +263,8 @@ def eigenbases(moments: SecondMoments) -> tuple[dict[str, Tensor], dict[str, Bas
         else:  # a long side keeps its diagonal: its basis is the identity
             values[name], vectors[name] = moment, None
     bases = {
-        name: (vectors[f"A:{layer.input_group}"], vectors[f"G:{name}"]) for name, layer in moments.layers.items()
+        name: (vectors[f"A:{layer.input_group}"], vectors[f"G:{name}"])
+        for name, layer in moments.layers.items()
     }
     return values, bases
 

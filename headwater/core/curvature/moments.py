@@ -1,12 +1,14 @@
 """Accumulators for the second moments behind layerwise curvature."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from headwater.core.capture import Accumulator, BatchInfo, Rows
 from headwater.core.layers import Layer
+from headwater.core.target import Target
 from headwater.numerics import kronecker
 
 
@@ -18,26 +20,43 @@ def _weighted(x: Tensor, weight: Tensor | None, pos: int) -> Tensor | None:
 class SecondMoments(Accumulator):
     r"""Sums of $a a^\top$ for each shared input and of $g g^\top$ for each layer, over positions.
 
-    A side longer than `max_factor` keeps the diagonal only. The relative standard error of each factor is followed
-    without a second copy: for a fixed Gaussian vector z, the spread over batches of $A_b z$ estimates
-    $\lVert\hat A - A\rVert_F$.
+    A side longer than `max_factor` keeps the diagonal only. The standard error of each factor is followed without a
+    second copy: with $S_b$ the sum and $c_b$ the count of batch b, a ratio of sums $\hat A = \sum_b S_b / \sum_b c_b$ has
+
+    $$\lVert \hat A - A \rVert_F^2 \approx \frac{B}{B - 1}\,
+    \frac{\sum_b \lVert S_b - c_b \hat A \rVert_F^2}{(\sum_b c_b)^2},$$
+
+    and a Frobenius norm is the mean of $\lVert M z \rVert^2$ over Gaussian vectors z, of which a few are kept.
 
     Args:
         layers: The followed layers.
         reduce: Sum over positions before the product (K-FAC-reduce) instead of after (K-FAC-expand).
         max_factor: Longest side that gets a full factor.
         seed: Seed of the probe vectors.
+        n_probes: Number of probe vectors.
     """
 
-    def __init__(self, layers: Iterable[Layer], *, reduce: bool = False, max_factor: int = 8192, seed: int = 0):
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        *,
+        reduce: bool = False,
+        max_factor: int = 8192,
+        seed: int = 0,
+        n_probes: int = 16,
+    ):
         self.layers = {layer.name: layer for layer in layers}
-        self.reduce, self.max_factor, self.seed = reduce, max_factor, seed
+        self.reduce, self.max_factor, self.seed, self.n_probes = reduce, max_factor, seed, n_probes
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
         self.n_examples = 0.0
         self._probe: dict[int, Tensor] = {}
-        self._spread: dict[str, tuple[Tensor, Tensor, int]] = {}
+        self._spread: dict[str, _Spread] = {}
         self._seen: set[str] = set()
+
+    def is_full(self, name: str) -> bool:
+        """Whether a factor is a whole matrix, not a diagonal."""
+        return self.sums[name].shape[-1] <= self.max_factor
 
     def update(self, rows: Rows) -> None:
         batch, layer = rows.batch, rows.layer
@@ -53,27 +72,27 @@ class SecondMoments(Accumulator):
     def _add(self, name: str, x: Tensor, weight: Tensor | None, count: float) -> None:
         flat = x.flatten(-3, -2)
         weight = _weighted(flat, weight, x.shape[-2])
-        if flat.shape[-1] > self.max_factor:
+        if full := flat.shape[-1] <= self.max_factor:
+            moment = kronecker.second_moment(flat, weight)
+        else:
             square = flat.square()
             moment = (square if weight is None else square * weight[:, None]).sum(-2)
-        else:
-            moment = kronecker.second_moment(flat, weight)
-            self._watch(name, moment, count)
+        moment = moment.to(torch.promote_types(moment.dtype, torch.float32))
+        spread = _Spread.of(moment @ self._probes(moment) if full else moment[..., None], count)
         if name in self.sums:
             self.sums[name] += moment
+            self._spread[name] += spread
         else:
-            self.sums[name] = moment
+            self.sums[name], self._spread[name] = moment, spread
         self.counts[name] = self.counts.get(name, 0.0) + count
 
-    def _watch(self, name: str, moment: Tensor, count: float) -> None:
+    def _probes(self, moment: Tensor) -> Tensor:
         dim = moment.shape[-1]
         if dim not in self._probe:
             generator = torch.Generator().manual_seed(self.seed + dim)
-            self._probe[dim] = torch.randn(dim, generator=generator)
-        z = self._probe[dim].to(moment)
-        seen = (moment @ z) / max(count, 1.0)
-        total, square, n = self._spread.get(name, (torch.zeros_like(seen), torch.zeros_like(seen), 0))
-        self._spread[name] = (total + seen, square + seen.square(), n + 1)
+            z = torch.randn(dim, self.n_probes, generator=generator) / self.n_probes**0.5
+            self._probe[dim] = z.to(moment)
+        return self._probe[dim]
 
     def end_batch(self, batch: BatchInfo) -> None:
         self._seen.clear()
@@ -82,25 +101,20 @@ class SecondMoments(Accumulator):
     def relative_error(self) -> float:
         """Largest relative standard error (Frobenius norm) over the factors; infinite before 4 batches."""
         worst = 0.0
-        for total, square, n in self._spread.values():
-            if n < 4:
+        for name, spread in self._spread.items():
+            if spread.n < 4:
                 return float("inf")
-            mean = total / n
-            variance = (square / n - mean.square()).clamp(min=0) / (n - 1)
-            norm = float(mean.norm())
+            norm = float(self.sums[name].norm())
             if norm > 0:
-                worst = max(worst, float(variance.sum().sqrt()) / norm)
+                worst = max(worst, spread.error() / norm)
         return worst
 
     def merge(self, other: "SecondMoments") -> None:
         for name, moment in other.sums.items():
-            self.sums[name] = self.sums[name] + moment if name in self.sums else moment
+            mine = name in self.sums
+            self.sums[name] = self.sums[name] + moment if mine else moment
             self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
-        for name, (total, square, n) in other._spread.items():
-            mine = self._spread.get(name)
-            if mine is not None:
-                total, square, n = total + mine[0], square + mine[1], n + mine[2]
-            self._spread[name] = (total, square, n)
+            self._spread[name] = self._spread[name] + other._spread[name] if mine else other._spread[name]
         self.n_examples += other.n_examples
 
     def finish(self) -> dict[str, Tensor]:
@@ -110,22 +124,71 @@ class SecondMoments(Accumulator):
     def tensors(self) -> dict[str, Tensor]:
         state = {f"s:{name}": moment for name, moment in self.sums.items()}
         state |= {f"c:{name}": torch.tensor(c, dtype=torch.float64) for name, c in self.counts.items()}
-        for name, (total, square, n) in self._spread.items():
-            state |= {f"t:{name}": total, f"q:{name}": square, f"n:{name}": torch.tensor(n)}
+        for name, spread in self._spread.items():
+            state |= {f"{k}:{name}": v for k, v in spread.tensors().items()}
         return state | {"n_examples": torch.tensor(self.n_examples, dtype=torch.float64)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.n_examples = float(tensors["n_examples"])
         self.sums = {k[2:]: v for k, v in tensors.items() if k.startswith("s:")}
         self.counts = {k[2:]: float(v) for k, v in tensors.items() if k.startswith("c:")}
-        self._spread = {
-            k[2:]: (v, tensors[f"q:{k[2:]}"], int(tensors[f"n:{k[2:]}"]))
-            for k, v in tensors.items()
-            if k.startswith("t:")
-        }
+        self._spread = {name: _Spread.load(tensors, name) for name in self.sums}
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """What the spread of batch sums $S_b$, seen through probes $S_b z$, needs: sums over batches."""
+
+    total: Tensor  # of S_b z
+    square: Tensor  # of |S_b z|²
+    cross: Tensor  # of c_b S_b z
+    counts: Tensor  # of 1, c_b, c_b²
+
+    @classmethod
+    def of(cls, seen: Tensor, count: float) -> "_Spread":
+        seen = seen.double()
+        counts = torch.tensor([1.0, count, count**2], dtype=torch.float64)
+        return cls(seen, seen.square().sum(), seen * count, counts)
+
+    @property
+    def n(self) -> float:
+        return float(self.counts[0])
+
+    def error(self) -> float:
+        """Standard error of the sum of all batches (Frobenius norm)."""
+        n, count, squares = self.counts.tolist()
+        mean = self.total / max(count, 1e-30)
+        left = self.square - 2 * (self.cross * mean).sum() + squares * mean.square().sum()
+        return float((left.clamp(min=0) * n / (n - 1)).sqrt())
+
+    def __add__(self, other: "_Spread") -> "_Spread":
+        return _Spread(*(getattr(self, f) + getattr(other, f) for f in ("total", "square", "cross", "counts")))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"t": self.total, "q": self.square, "x": self.cross, "n": self.counts}
+
+    @classmethod
+    def load(cls, tensors: dict[str, Tensor], name: str) -> "_Spread":
+        return cls(*(tensors[f"{k}:{name}"] for k in "tqxn"))
 
 
 Basis = tuple[Tensor | None, Tensor | None]
+
+
+class SharedRotation:
+    """Rotates the inputs of layers that read the same tensor once: only the last is kept."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        self._a: Tensor | None = None
+        self._rotated: Tensor | None = None
+
+    def __call__(self, a: Tensor, Q_A: Tensor | None) -> Tensor:
+        if self._rotated is None or self._a is not a:
+            self._a, self._rotated = a, kronecker.rotate(a, Q_A)
+        return self._rotated
 
 
 class EigenvalueSums(Accumulator):
@@ -142,28 +205,22 @@ class EigenvalueSums(Accumulator):
         self.bases, self.folds = bases, folds
         self.sums: dict[str, Tensor] = {}
         self.n_examples = torch.zeros(folds, dtype=torch.float64)
-        self._rotated: dict[str, Tensor] = {}
-        self._shared = {
-            name: sum(x.input_group == layer.input_group for x in self.layers.values()) > 1
-            for name, layer in self.layers.items()
-        }
+        self._shared = SharedRotation()
 
     def update(self, rows: Rows) -> None:
         name, fold, weights = rows.layer.name, rows.batch.fold, rows.batch.weights
         a, g = rows.a, rows.g
         Q_A, Q_G = (None if q is None else q.to(a) for q in self.bases[name])
-        if self._shared[name] and Q_A is not None and _rotates_first(rows):
-            group = rows.layer.input_group
-            if group not in self._rotated:
-                self._rotated[group] = kronecker.rotate(a, Q_A)
-            a, g, Q_A, Q_G = self._rotated[group], kronecker.rotate(g, Q_G), None, None
+        if rotates_first(rows):
+            a, g, Q_A, Q_G = self._shared(a, Q_A), kronecker.rotate(g, Q_G), None, None
         square = kronecker.squared_sum(a, g, Q_A, Q_G, None if weights is None else weights.to(a))
         if name not in self.sums:
-            self.sums[name] = square.new_zeros(self.folds, *square.shape)
+            wide = torch.promote_types(square.dtype, torch.float32)
+            self.sums[name] = square.new_zeros(self.folds, *square.shape, dtype=wide)
         self.sums[name][fold] += square
 
     def end_batch(self, batch: BatchInfo) -> None:
-        self._rotated.clear()
+        self._shared.clear()
         self.n_examples[batch.fold] += batch.n_examples
 
     def relative_error(self) -> float:
@@ -194,11 +251,39 @@ class EigenvalueSums(Accumulator):
         self.sums = {k[2:]: v for k, v in tensors.items() if k.startswith("s:")}
 
 
-def _rotates_first(rows: Rows) -> bool:
+def rotates_first(rows: Rows) -> bool:
     """Whether rotating tokens before the sum is the cheaper order, as in `kronecker.squared_sum`."""
     d_in, d_out = rows.a.shape[-1], rows.g.shape[-1]
     return rows.pos == 1 or rows.pos * (d_in**2 + d_out**2) <= d_in * d_out * (d_in + d_out)
 
 
-def layer_numel(layers: Sequence[Layer]) -> int:
-    return sum(layer.numel for layer in layers)
+class LostTrace(Accumulator):
+    """What a target that enumerates labels dropped, kept with the state so that a resumed sweep tells all of it.
+
+    Args:
+        target: The sweep's target; others than `Enumerated` lose nothing.
+    """
+
+    def __init__(self, target: Target):
+        self.batches: list[tuple[float, float]] = getattr(target, "lost", [])
+        self._before = torch.zeros(2, dtype=torch.float64)
+
+    def update(self, rows: Rows) -> None:
+        """The target gathers what is lost itself."""
+
+    def merge(self, other: "LostTrace") -> None:
+        self._before += other.tensors()["lost"]
+
+    @property
+    def share(self) -> float | None:
+        """Share of the trace of the outputs' Fisher information that was dropped; None where all was drawn."""
+        lost, weight = self.tensors()["lost"].tolist()
+        return lost / weight if weight > 0 else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        batches = torch.tensor(self.batches, dtype=torch.float64).reshape(-1, 2)
+        here = torch.stack([batches.prod(1).sum(), batches[:, 1].sum()])
+        return {"lost": self._before + here}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self._before = tensors["lost"]

@@ -1,0 +1,38 @@
+"""`headwater cite`: BibTeX for what a run used."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from headwater.cli.common import RUN, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cite:
+    """Print BibTeX entries of the papers behind a run's results.
+
+    Example: headwater cite runs/mine > references.bib
+
+    Args:
+        run: The run folder.
+    """
+
+    run: tyro.conf.Positional[Path]
+
+
+def run(words: list[str]) -> int:
+    command = parse(Cite, words, prog="cite")
+    from headwater.core.evidence import Evidence
+    from headwater.core.provenance import cite, papers
+    from headwater.core.store import Artifact
+
+    if not (command.run / RUN).is_file():
+        raise FileNotFoundError(f"{command.run} is no run folder (it has no {RUN}).")
+    found = papers(Artifact.open(command.run / "fit", kind="fit").facts["fit"]["options"])
+    for folder in sorted(
+        p for p in (command.run / "traces").glob("*") if p.is_dir() and not p.name.startswith(".")
+    ):
+        found += papers(Evidence.load(folder).facts)
+    print(cite({"papers": list(dict.fromkeys(found))}))
+    return 0

@@ -1,0 +1,83 @@
+"""`headwater finetune`: fine-tune a language model with a low-rank adapter, recording the run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from headwater.cli.common import DataFlags, emit_json, parse, progress_bar, read_examples, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Fine-tune a language model on your own examples, and record what was done for the trace.
+
+    Example: headwater finetune path/to/model train.jsonl --out runs/mine/model --epochs 3
+
+    Args:
+        model: Model folder, or GGUF file.
+        data: JSONL, CSV, Parquet or text file, or a folder of them.
+        out: Where the adapter goes.
+        base: Folder of the base model, where an adapter does not name it.
+        dtype: Number format of the base weights.
+        lora_rank: Rank of the adapter.
+        layers_from: Adapt blocks from this number on; fewer blocks are cheaper.
+        epochs: Passes over the data.
+        lr: Learning rate of AdamW, after a short warm-up, falling to zero.
+        weight_decay: Weight decay of AdamW.
+        batch_tokens: Most tokens in a batch.
+        seed: Seed of the order of examples and of the adapter's first weights.
+        json: Print the result as JSON.
+    """
+
+    model: tyro.conf.Positional[Path]
+    data: tyro.conf.Positional[Path]
+    out: Path
+    base: Path | None = None
+    dtype: str = "auto"
+    lora_rank: int = 8
+    layers_from: int = 0
+    epochs: int = 3
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    batch_tokens: int = 512
+    seed: int = 0
+    columns: Annotated[DataFlags, tyro.conf.arg(name="")] = field(default_factory=DataFlags)
+    json: bool = False
+
+
+def run(words: list[str]) -> int:
+    command = parse(Finetune, words, prog="finetune")
+    from headwater.models.language import load_language_model
+    from headwater.training.finetune import finetune
+
+    language = load_language_model(command.model, dtype=command.dtype, base=command.base)
+    examples = read_examples(command.data, command.columns, language)
+    with progress_bar() as progress:
+        done = finetune(
+            language,
+            examples,
+            out=command.out,
+            lora_rank=command.lora_rank,
+            layers_from=command.layers_from,
+            epochs=command.epochs,
+            lr=command.lr,
+            weight_decay=command.weight_decay,
+            batch_tokens=command.batch_tokens,
+            seed=command.seed,
+            progress=progress,
+        )
+    losses = done.trajectory.losses
+    if command.json:
+        emit_json(
+            {
+                "out": str(command.out),
+                "steps": len(losses),
+                "first_loss": losses[0],
+                "last_loss": losses[-1],
+            }
+        )
+    else:
+        say(f"{len(losses)} steps; the adapter is in {command.out}.")
+    return 0

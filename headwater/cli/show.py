@@ -1,0 +1,62 @@
+"""`headwater show`: a saved trace again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from headwater.cli.common import RUN, parse, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Show a saved trace, or what a run folder holds; nothing is computed.
+
+    Example: headwater show runs/mine --name trace
+
+    Args:
+        run: The run folder.
+        name: Name of the trace; the only one there is, when left out.
+        html: Write the page to this file.
+        json: Print the evidence as JSON.
+    """
+
+    run: tyro.conf.Positional[Path]
+    name: str | None = None
+    html: Path | None = None
+    json: bool = False
+
+
+def run(words: list[str]) -> int:
+    command = parse(Show, words, prog="show")
+    from headwater.core.evidence import Evidence
+    from headwater.report.html import write_html
+    from headwater.report.terminal import show
+
+    folder = command.run / "traces"
+    names = sorted(p.name for p in folder.glob("*") if p.is_dir() and not p.name.startswith("."))
+    if not (command.run / RUN).is_file():
+        raise FileNotFoundError(f"{command.run} is no run folder (it has no {RUN}).")
+    if not names:
+        say(
+            f"{command.run} holds a fit and no trace; ask one with `headwater trace {command.run} --prompt …`."
+        )
+        return 0
+    if command.name is None and len(names) > 1:
+        raise ValueError(
+            f"{command.run} holds several traces: {', '.join(names)}. Choose one with --name."
+        )
+    name = command.name or names[0]
+    if name not in names:
+        raise ValueError(
+            f"There is no trace {name!r} in {command.run}; there are: {', '.join(names)}."
+        )
+    evidence = Evidence.load(folder / name)
+    if command.html is not None:
+        write_html(evidence, command.html)
+        say(f"Wrote {command.html}.")
+    elif command.json:
+        print(evidence.to_json())
+    else:
+        show(evidence)
+    return 0

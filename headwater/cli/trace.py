@@ -1,0 +1,187 @@
+"""`headwater trace`: which training examples raised or lowered a completion."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from headwater.cli.common import RUN, parse, progress_bar, run_session, say, to_json
+
+if TYPE_CHECKING:
+    from headwater.core.evidence import Evidence
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfluenceFlags:
+    """The method.
+
+    Args:
+        damping: A number, "0.1 relative" to the mean eigenvalue, "weight_decay", or "auto".
+        rank: Hold each query's matrices as this many outer products.
+        cg_steps: Refine by conjugate gradients against the exact Gauss-Newton matrix; each step costs a few passes.
+        confidence_level: Of the intervals.
+    """
+
+    damping: str = "auto"
+    rank: int | None = None
+    cg_steps: int = 0
+    confidence_level: float = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Trace completions to the training examples that raised or lowered their probability.
+
+    Give prompts, with completions or without: the model then completes them itself. The answer is printed and
+    written into the run folder, with a page to open in a browser.
+
+    Example: headwater trace runs/mine --prompt "The river rises in" --source topic
+
+    Args:
+        run: The run folder of `headwater fit`.
+        prompt: Prompts; repeat or list several.
+        completion: Completions, one a prompt; generated when left out.
+        rather_than: Alternatives, one a prompt: what is measured is the completion's log-probability minus the
+            alternative's.
+        queries: A file of prompts and completions, in place of --prompt.
+        name: Name of the trace in the run folder.
+        source: Metadata column to total scores by.
+        top: How many examples to show on each side.
+        max_new_tokens: Longest generated completion.
+        chat: Put prompts into the model's chat template.
+        measurement: What is asked of a completion.
+        json: Print the result as JSON.
+    """
+
+    run: tyro.conf.Positional[Path]
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    completion: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    rather_than: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    queries: Path | None = None
+    name: str = "trace"
+    source: str | None = None
+    top: int = 8
+    max_new_tokens: int = 24
+    chat: bool = False
+    measurement: Literal["log_prob", "loss"] = "log_prob"
+    method: Annotated[InfluenceFlags, tyro.conf.arg(name="")] = field(
+        default_factory=InfluenceFlags
+    )
+    json: bool = False
+
+
+def run(words: list[str]) -> int:
+    command = parse(Trace, words, prog="trace")
+    _check(command)
+    evidence, page = trace(command, quiet=command.json)
+    if command.json:
+        print(evidence.to_json())
+        return 0
+    from headwater.report.terminal import show
+
+    show(evidence)
+    say(f"The same as a page: {page}")
+    return 0
+
+
+def _check(command: Trace) -> None:
+    if not command.prompt and command.queries is None:
+        raise ValueError('Expected --prompt "…" or --queries FILE; got neither.')
+    if command.completion and len(command.completion) != len(command.prompt):
+        raise ValueError(
+            f"Expected one completion a prompt; got {len(command.prompt)} prompts and {len(command.completion)} "
+            "completions. Leave --completion out to let the model complete the prompts."
+        )
+    if command.rather_than and len(command.rather_than) != len(command.prompt):
+        raise ValueError(
+            f"Expected one alternative a prompt; got {len(command.prompt)} prompts and {len(command.rather_than)}."
+        )
+    if "/" in command.name or command.name in ("", ".", ".."):
+        raise ValueError(f"Expected a plain name for the trace; got {command.name!r}.")
+
+
+def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
+    """Trace, save the evidence and its page, and return both. A finished trace of the same question is read."""
+    from headwater.core.evidence import Evidence
+    from headwater.core.fingerprint import fingerprint_json
+    from headwater.core.store import Artifact, read_json, write_json
+    from headwater.report.html import write_html
+
+    folder = command.run / "traces" / command.name
+    asked = {k: v for k, v in to_json(command).items() if k not in ("json", "run")}
+    page = folder.with_suffix(".html")
+    if not (command.run / RUN).is_file():
+        run_session(command.run)  # says what is missing
+    fit_digest = Artifact.open(command.run / "fit", kind="fit").manifest.get("created", "")
+    asked_digest = fingerprint_json([asked, fit_digest])
+    if folder.is_dir():
+        evidence = Evidence.load(folder)
+        if evidence.facts.get("question") == asked_digest and page.is_file():
+            return evidence, page
+    evidence = _trace(command, {"question": asked_digest}, quiet=quiet)
+    evidence.save(folder)
+    write_html(evidence, page)
+    record = read_json(command.run / RUN)
+    record.setdefault("traces", {})[command.name] = asked
+    write_json(command.run / RUN, record)
+    return evidence, page
+
+
+def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
+    from headwater.core.fit import load
+    from headwater.core.task import CausalLM
+    from headwater.report.explain import explain
+    from headwater.trace.influence import Influence
+
+    session, record = run_session(command.run)
+    fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
+    queries = _queries(command, session)
+    method = Influence(
+        damping=command.method.damping,
+        rank=command.method.rank,
+        cg_steps=command.method.cg_steps,
+        confidence_level=command.method.confidence_level,
+        n_intervals=command.top,
+    )
+    known = {
+        "model": Path(record["fit"]["model"]).name,
+        "corpus": Path(record["fit"]["data"]).name,
+        "command": f"headwater trace {command.run.name}",
+    }
+    with progress_bar(quiet=quiet) as progress:
+        return explain(
+            fitted,
+            queries,
+            influence=method,
+            measurement=command.measurement,
+            top=command.top,
+            control=session.heldout,
+            source=command.source,
+            contrast=bool(command.rather_than),
+            facts=known | facts,
+            progress=progress,
+        )
+
+
+def _queries(command: Trace, session: Any) -> Any:
+    """The queries; alternatives, where there are any, follow the completions."""
+    from headwater.cli.common import DataFlags, read_examples
+    from headwater.data.tokens import completion_examples
+    from headwater.models.language import generate
+
+    if command.queries is not None:
+        return read_examples(
+            command.queries, DataFlags(prompt="prompt", completion="completion"), session.language
+        )
+    language, prompts = session.language, command.prompt
+    completions = command.completion or tuple(
+        generate(language, p, max_new_tokens=command.max_new_tokens, chat=command.chat)
+        for p in prompts
+    )
+    both = (
+        (prompts + prompts, completions + command.rather_than)
+        if command.rather_than
+        else (prompts, completions)
+    )
+    return completion_examples(language.tokenizer, *both, chat=command.chat)

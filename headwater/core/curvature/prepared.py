@@ -1,0 +1,110 @@
+r"""Queries kept in the eigenbasis, where the cheaper side is rotated.
+
+A score is $\sum_{ij} q'_{ij} f(\lambda_{ij})\, n'_{ij}$ with both gradients in the eigenbasis. Rotating a training
+example's rows, $a' = Q_A^\top a$ and $g' = Q_G^\top g$, costs far less than rotating each query's matrix back, and a
+factored query is not formed until its eigenvalues ask for it.
+
+A first stage is cheaper still. With $f(\lambda_{ij}) \approx \sum_r u_{ri} v_{rj}$ a score of two gradients of one
+position is $\sum_r \big((g'_q \circ u_r) \cdot g'_n\big)\big((a'_q \circ v_r) \cdot a'_n\big)$: products of small Gram
+matrices. The fit is weighted by the gradients' second moment (unweighted it is useless), for which the product of its
+row and column sums stands in, so that one singular value decomposition gives it.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwater.core.curvature.base import Preconditioned
+from headwater.core.gradients import Block, Factored, Gradients, dense, inner
+from headwater.numerics import kronecker
+
+Basis = tuple[Tensor | None, Tensor | None]
+
+
+def in_basis(block: Block, basis: Basis) -> Block:
+    """Gradients in an eigenbasis, factored ones left factored."""
+    if isinstance(block, Factored):
+        Q_A, Q_G = (None if q is None else q.to(block.a) for q in basis)
+        return Factored(kronecker.rotate(block.a, Q_A), kronecker.rotate(block.g, Q_G))
+    return kronecker.change_basis(block, *(None if q is None else q.to(block) for q in basis))
+
+
+def separable(
+    factor: Float[Tensor, "*lead out in"], weight: Float[Tensor, "*lead out in"], terms: int
+) -> tuple[Float[Tensor, "term *lead out"], Float[Tensor, "term *lead in"]]:
+    r"""Vectors with $f_{ij} \approx \sum_r u_{ri} v_{rj}$, best in the norm weighted by the marginals of `weight`.
+
+    Example:
+        >>> f, w = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])), torch.ones(2, 2)
+        >>> u, v = separable(f, w, 1)
+        >>> bool(torch.allclose(u[0, :, None] * v[0], f))
+        True
+    """
+    weight = weight.double().clamp(min=0)
+    row, column = weight.sum(-1).sqrt(), weight.sum(-2).sqrt()
+    row, column = (x.clamp(min=1e-6 * float(x.max()) + 1e-30) for x in (row, column))
+    u, s, vh = torch.linalg.svd(
+        row[..., :, None] * factor.double() * column[..., None, :], full_matrices=False
+    )
+    root = s[..., :terms].sqrt()
+    left = u[..., :, :terms] * root[..., None, :] / row[..., :, None]
+    right = vh[..., :terms, :].mT * root[..., None, :] / column[..., :, None]
+    return left.movedim(-1, 0).to(factor), right.movedim(-1, 0).to(factor)
+
+
+class InEigenbasis(Preconditioned):
+    """Queries in the eigenbasis, multiplied by f there; training rows are rotated as they come.
+
+    Args:
+        rotated: Queries in the eigenbasis.
+        bases: (Q_A, Q_G) of each layer.
+        groups: The input group of each layer, whose rotated inputs are shared.
+        factors: f of the eigenvalues (out, in) of each layer.
+        weights: The eigenvalues, which weigh the separable fit.
+        terms: Terms of the separable form; None for the exact one.
+    """
+
+    def __init__(
+        self,
+        rotated: Gradients,
+        bases: dict[str, Basis],
+        factors: dict[str, Tensor],
+        weights: dict[str, Tensor],
+        terms: int | None = None,
+    ):
+        self.bases, self.n = bases, len(rotated)
+        self.blocks = {
+            name: _separated(block, factors[name], weights[name], terms)
+            if terms is not None and isinstance(block, Factored) and block.pos == 1
+            else dense(block) * factors[name].to(dense(block))
+            for name, block in rotated.blocks.items()
+        }
+
+    def layer(self, name: str, block: Block) -> Tensor:
+        rotated, own = in_basis(block, self.bases[name]), self.blocks[name]
+        if isinstance(own, list):
+            if isinstance(rotated, Factored) and rotated.pos == 1:
+                return torch.stack([inner(term, rotated) for term in own]).sum(0)
+            own = sum(term.dense() for term in own)
+        return inner(own, rotated)
+
+    def dense(self) -> Gradients:
+        found = {}
+        for name, block in self.blocks.items():
+            whole = sum(term.dense() for term in block) if isinstance(block, list) else block
+            found[name] = kronecker.change_back(
+                whole, *(None if q is None else q.to(whole) for q in self.bases[name])
+            )
+        return Gradients(found)
+
+
+def _separated(block: Factored, factor: Tensor, weight: Tensor, terms: int) -> list[Factored]:
+    u, v = separable(factor, weight, terms)
+    shape = (1, 1) if u.ndim == 2 else (u.shape[1], 1, 1)
+    return [
+        Factored(
+            block.a * v[r].reshape(*shape, -1).to(block.a),
+            block.g * u[r].reshape(*shape, -1).to(block.g),
+        )
+        for r in range(len(u))
+    ]
