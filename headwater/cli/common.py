@@ -279,8 +279,9 @@ def run_record(model: Path) -> dict[str, Any]:
     trajectory = Trajectory.load(path)
     return {
         "weight_decay": trajectory.weight_decay,
-        "adaptive": "adam" in trajectory.optimizer.lower(),
-        "distance": getattr(trajectory, "distance", None),
+        "adaptive": trajectory.adaptive,
+        "distance": trajectory.distance,
+        "horizon": trajectory.horizon,
     }
 
 

@@ -46,7 +46,7 @@ def run(words: list[str]) -> int:
     command = parse(Doctor, words, prog="doctor")
     from headwater.core.doctor import examine
     from headwater.core.task import CausalLM
-    from headwater.report.terminal import show_diagnosis
+    from headwater.report.checks import show_diagnosis
 
     session = open_session(
         command.model, command.data, command.columns, choose=command.weights, follow=command.follow

@@ -37,7 +37,7 @@ def run(words: list[str]) -> int:
     command = parse(Plan, words, prog="plan")
     from headwater.core.plan import plan
     from headwater.core.task import CausalLM
-    from headwater.report.terminal import show_plan
+    from headwater.report.checks import show_plan
 
     session = open_session(
         command.model, command.data, command.columns, choose=command.weights, follow=command.follow

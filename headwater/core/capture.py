@@ -8,18 +8,21 @@ pass has reached all its uses. This is the only loop over data in the core.
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from headwater.core.examples import Examples, take, to_device
-from headwater.core.follow import Followed, evaluation_mode, functional_parameters
-from headwater.core.layers import SHARED_INPUT, WHOLE_ROWS, Layer, Use
+from headwater.core.layers import FUNCTIONAL, KINDS, Layer, Use
 from headwater.core.store import Checkpoint
 from headwater.core.target import Target
 from headwater.core.task import Task
@@ -36,14 +39,16 @@ class BatchInfo:
         fold: The fold of the data that all rows belong to.
         weights: Weight of each row in second moments of gradients (row), or None for ones.
         share: How much each row counts as an example (row), or None for ones.
+        ids: Names of all examples, by index, for messages.
     """
 
     indices: Tensor
     fold: int = 0
     weights: Tensor | None = None
     share: Tensor | None = None
+    ids: Sequence[str] | None = None
 
-    @property
+    @cached_property
     def n_examples(self) -> float:
         return float(len(self.indices) if self.share is None else self.share.sum())
 
@@ -87,7 +92,7 @@ class Accumulator(ABC):
     def update(self, rows: Rows) -> None:
         """Take one layer's rows of one batch."""
 
-    def end_batch(self, batch: BatchInfo) -> None:
+    def end_batch(self, batch: BatchInfo) -> None:  # noqa: B027
         """All layers of a batch have been seen."""
 
     @abstractmethod
@@ -103,29 +108,63 @@ class Accumulator(ABC):
         """Restore `tensors()`."""
 
 
+class LayerError(ValueError):
+    """A layer that cannot be followed; `layer` is its name."""
+
+    def __init__(self, layer: str, message: str):
+        super().__init__(message)
+        self.layer = layer
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, each module's own mode restored afterwards.
+
+    PyTorch's fused attention for inference is off as well, because it runs past the modules inside.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, training in modes:
+            module.training = training
+
+
+def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a module reads: the first tensor it is called with."""
+    return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+
+
 @dataclass
 class _Call:
+    """One run of a module: what it read, and the gradient of what it returned."""
+
     use: Use
     x: Tensor
-    g: Tensor | None = None
+    version: int  # of x, which changes when x is overwritten
+    shape: torch.Size
+    dtype: torch.dtype
+    g: Tensor | None = None  # none comes if the output does not reach the target
 
 
 @dataclass
 class _Tape:
-    """The calls of one forward pass, and the roots from which the backward pass stops."""
+    """The calls of one forward pass, and the roots at which the backward pass stops."""
 
+    rows: int = 0
+    recording: bool = False
     calls: dict[str, list[_Call]] = field(default_factory=dict)
-    waiting: dict[str, int] = field(default_factory=dict)
+    waiting: Counter[str] = field(default_factory=Counter)
     roots: list[Tensor] = field(default_factory=list)
-    shared: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    shared: dict[tuple[str, int, bool], tuple[int, Tensor]] = field(default_factory=dict)
     emit: Callable[[str], None] | None = None
 
     def clear(self) -> None:
-        self.calls.clear()
-        self.waiting.clear()
-        self.roots.clear()
-        self.shared.clear()
-        self.emit = None
+        self.__init__()
 
 
 class Capture:
@@ -137,11 +176,17 @@ class Capture:
         followed: The layers to follow.
     """
 
-    def __init__(self, model: nn.Module, task: Task, followed: Followed | Sequence[Layer]):
+    def __init__(self, model: nn.Module, task: Task, followed: Iterable[Layer]):
         self.model, self.task = model, task
         self.layers = {layer.name: layer for layer in followed}
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._functional = functional_parameters(model, tuple(self.layers.values()))
+        self._group_sizes = Counter(layer.input_group for layer in self.layers.values())
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self._functional = {
+            layer.parameters[0]: named[layer.parameters[0]]
+            for layer in self.layers.values()
+            if layer.kind == FUNCTIONAL
+        }
         self._vmap_works: bool | None = None
         self._tape = _Tape()
 
@@ -152,17 +197,16 @@ class Capture:
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Hooks in place, parameters frozen and modules in evaluation mode, all undone at the end."""
-        modules = self._modules
-        wanted = [p for p in self.model.parameters() if p.requires_grad]
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.model))
-            for p in wanted:
+            for p in [p for p in self.model.parameters() if p.requires_grad]:
                 p.requires_grad_(False)
                 stack.callback(p.requires_grad_, True)
             for layer in self.layers.values():
                 for use in layer.uses:
                     hook = self._hook(layer.name, use)
-                    handle = modules[use.module].register_forward_hook(hook, with_kwargs=True)
+                    module = self._modules[use.module]
+                    handle = module.register_forward_hook(hook, with_kwargs=True)
                     stack.callback(handle.remove)
             stack.callback(self._tape.clear)
             yield
@@ -171,19 +215,23 @@ class Capture:
         tape = self._tape
 
         def hook(module, args, kwargs, output):
+            if not tape.recording:
+                return None
+            x, calls = first_tensor(args, kwargs), tape.calls.setdefault(name, [])
+            if use.axis is None and output.shape[0] == 1:
+                x, output = (t.expand(tape.rows, *t.shape[1:]) for t in (x, output))
+            number = len(calls)
+            calls.append(_Call(use, x, x._version, output.shape, output.dtype))
             if not torch.is_grad_enabled():
                 return None
-            x = args[0] if args else next(iter(kwargs.values()))
             if not output.requires_grad:
                 root = output.detach().requires_grad_()
                 tape.roots.append(root)
                 output = root.clone()  # not a leaf, so the model may still change it in place
-            call = _Call(use, x.detach())
-            tape.calls.setdefault(name, []).append(call)
-            tape.waiting[name] = tape.waiting.get(name, 0) + 1
+            tape.waiting[name] += 1
 
             def receive(g: Tensor) -> None:
-                call.g = g.detach() if call.g is None else call.g + g.detach()
+                tape.calls[name][number].g = g
                 tape.waiting[name] -= 1
                 if tape.waiting[name] == 0 and tape.emit is not None:
                     tape.emit(name)
@@ -193,85 +241,113 @@ class Capture:
 
         return hook
 
-    def backward(self, data: Any, target: Target, batch: BatchInfo, keys: Tensor, emit: Callable[[Rows], None]):
+    def backward(
+        self,
+        data: Any,
+        target: Target,
+        batch: BatchInfo,
+        keys: Tensor,
+        emit: Callable[[Rows], None],
+    ) -> Tensor:
         """One forward and one backward pass; returns the target's values, one a row.
 
         Call inside `hooks()`. `emit` receives each followed layer's rows once.
+
+        Raises:
+            FloatingPointError: A value is not finite; the message names the example.
+            LayerError: A layer did not run, or its tensors are not made of the examples'.
         """
-        tape, masks = self._tape, self.task.masks(data)
+        tape = self._tape
         tape.clear()
-        with torch.enable_grad():
-            values, fixed = target(self.model, self.task, data, keys)
-            total = values.sum()
-        if values.ndim != 1:
-            raise ValueError(f"Expected one number an example from the task; got shape {tuple(values.shape)}.")
-        if not bool(torch.isfinite(values.detach()).all()):
-            bad = batch.indices[(~torch.isfinite(values.detach())).nonzero()[0].cpu()].tolist()
-            raise FloatingPointError(
-                f"The loss of example number {bad[0]} is {values[~torch.isfinite(values)][0].item()}; "
-                "look at this example, or at the model's weights, before tracing."
-            )
-        pending = set(self.layers)
+        tape.rows, tape.recording = len(keys), True
+        try:
+            with torch.enable_grad():
+                values, fixed = target(self.model, self.task, data, keys)
+                total = values.sum()
+        finally:
+            tape.recording = False
+        _check(values.detach(), batch)
+        masks = {p: None if bool(m.all()) else m for p, m in self.task.masks(data).items()}
+        pending = dict.fromkeys(self.layers)
 
         def finish(name: str) -> None:
-            pending.discard(name)
-            rows = self._rows(self.layers[name], tape.calls.pop(name, []), len(values), masks, batch)
-            emit(rows)
+            del pending[name]
+            emit(self._rows(self.layers[name], tape.calls.pop(name, []), len(values), masks, batch))
 
-        if tape.roots:
-            tape.emit = finish
-            torch.autograd.grad(total, tape.roots, allow_unused=True)
-        tape.emit = None
-        functional = self._functional_gradients(data, target, keys, fixed) if self._functional else {}
-        for name in [n for n in self.layers if n in pending]:
-            layer = self.layers[name]
-            if layer.parameters[0] in functional:
-                g = functional[layer.parameters[0]].flatten(1)[:, None]
-                emit(Rows(layer, g.new_ones(len(g), 1, 1), g, batch))
-            else:
+        with torch.no_grad():
+            if tape.roots and total.requires_grad:
+                tape.emit = finish
+                torch.autograd.grad(total, tape.roots, allow_unused=True)
+                tape.emit = None
+            if self._functional:
+                for name, g in self._functional_gradients(data, target, keys, fixed).items():
+                    layer, g = self.layers[name], g.flatten(1)[:, None]
+                    del pending[name]
+                    emit(Rows(layer, g.new_ones(len(g), 1, 1), g, batch))
+            for name in list(pending):
                 finish(name)
         tape.clear()
         return values.detach()
 
-    def _rows(self, layer: Layer, calls: list[_Call], n: int, masks: dict, batch: BatchInfo) -> Rows:
+    def _rows(
+        self, layer: Layer, calls: list[_Call], n: int, masks: dict[str, Any], batch: BatchInfo
+    ) -> Rows:
         """Rows of all uses of a layer, their positions one after the other."""
         if not calls:
-            raise ValueError(
+            raise LayerError(
+                layer.name,
                 f"Layer {layer.name!r} did not run in this batch, though it ran when layers were chosen. "
-                "Leave it out with skip, or follow it where it always runs."
+                "Leave it out with skip, or follow it where it always runs.",
             )
-        modules, parts, real = self._modules, [], []
-        for call in calls:
-            module = modules[call.use.module]
-            g = call.g
-            if g is None:  # this output did not reach the target
-                with torch.no_grad():
-                    g = _output_like(module, call.x)
-            if call.use.kind in SHARED_INPUT:
-                make_a, make_g = SHARED_INPUT[call.use.kind]
-                key = (layer.input_group, id(call.x))
-                a = self._tape.shared.get(key) if len(calls) == 1 else None
-                g = make_g(module, call.x, g, n)
-                mask = _mask_for(masks, call.use.module, g)
-                if a is None:
-                    a = make_a(module, call.x, n, layer.has_bias)
-                    a = a if mask is None else a * mask.to(a)
-                    if len(calls) == 1:
-                        self._tape.shared[key] = a
-                g = g if mask is None else g * mask.to(g)
-            else:
-                a, g = WHOLE_ROWS[call.use.kind](module, call.x, g, n)
-                mask = _mask_for(masks, call.use.module, g)
-                if mask is not None and a.shape[-2] == mask.shape[-2]:
-                    a, g = a * mask.to(a), g * mask.to(g)
-            parts.append((a, g))
-            real.append(mask)
+        try:
+            parts = [self._part(layer, call, n, masks) for call in calls]
+        except (RuntimeError, IndexError) as error:
+            shapes = ", ".join(str(tuple(call.x.shape)) for call in calls)
+            raise LayerError(
+                layer.name,
+                f"What layer {layer.name!r} reads, {shapes}, cannot be split into {n} examples ({error}). "
+                "Leave it out with skip.",
+            ) from error
         if len(parts) == 1:
-            return Rows(layer, *parts[0], batch, None if real[0] is None else real[0][..., 0])
-        a, g = (torch.cat(p, dim=-2) for p in zip(*parts, strict=True))
-        return Rows(layer, a, g, batch, _joined(real, parts))
+            return Rows(layer, *parts[0][:2], batch, parts[0][2])
+        a, g = (torch.cat(x, dim=-2) for x in ([p[0] for p in parts], [p[1] for p in parts]))
+        if all(mask is None for *_, mask in parts):
+            return Rows(layer, a, g, batch)
+        every = [
+            g.new_ones(g.shape[-3:-1], dtype=torch.bool) if m is None else m for _, g, m in parts
+        ]
+        return Rows(layer, a, g, batch, torch.cat(every, dim=1))
 
-    def _functional_gradients(self, data: Any, target: Target, keys: Tensor, fixed: Any) -> dict[str, Tensor]:
+    def _part(
+        self, layer: Layer, call: _Call, n: int, masks: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(a, g) of one run of a module, and the mask of its real positions."""
+        module, use, x, g = self._modules[call.use.module], call.use, call.x.detach(), call.g
+        if x._version != call.version and use.kind != "bias":
+            raise LayerError(
+                layer.name,
+                f"What layer {layer.name!r} read was overwritten in place before its gradient was taken. "
+                "Make that operation out of place, or leave the layer out with skip.",
+            )
+        if g is None:
+            g = torch.zeros(call.shape, dtype=call.dtype, device=x.device)
+        if use.axis == 1:
+            x, g = x.transpose(0, 1), g.transpose(0, 1)
+        make_read, make_grad = KINDS[use.kind]
+        grad = make_grad(module, x, g, n, layer.has_bias)
+        mask = _mask_for(masks, use.module, grad)
+        key = (layer.input_group, id(call.x), mask is None)
+        left, read = self._tape.shared.pop(key, (self._group_sizes[layer.input_group], None))
+        if read is None:
+            read = make_read(module, x, n, layer.has_bias)
+            read = read if mask is None else read * mask[..., None]
+        if left > 1:
+            self._tape.shared[key] = left - 1, read
+        return (grad, read, mask) if use.kind == "embedding" else (read, grad, mask)
+
+    def _functional_gradients(
+        self, data: Any, target: Target, keys: Tensor, fixed: Any
+    ) -> dict[str, Tensor]:
         """Per-example gradients of the remaining parameters, by vmap or, where that fails, one by one."""
         if self._vmap_works is not False:
             try:
@@ -291,37 +367,53 @@ class Capture:
 
     def _by_vmap(self, data: Any, target: Target, keys: Tensor, fixed: Any) -> dict[str, Tensor]:
         bound = _Bound(self.model, lambda m, d, k, f: target(m, self.task, d, k, f)[0].sum())
+        leaves, spec = pytree.tree_flatten((data, keys, fixed))
 
-        def value(parameters, datum, key, label):
-            one = torch.utils._pytree.tree_map(lambda t: t[None], (datum, key, label))
-            return torch.func.functional_call(bound, parameters, one)
+        def value(parameters: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:
+            rows = iter(tensors)
+            one = [next(rows)[None] if isinstance(x, Tensor) else x for x in leaves]
+            return torch.func.functional_call(bound, parameters, pytree.tree_unflatten(one, spec))
 
         parameters = {f"model.{n}": p.detach() for n, p in self._functional.items()}
-        gradient = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0, 0, 0))
-        with torch.enable_grad(), _silenced(self._tape):
-            found = gradient(parameters, data, keys, fixed)
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be batched
+            gradient = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0))
+            found = gradient(parameters, tensors)
         return {n.removeprefix("model."): g.detach() for n, g in found.items()}
 
     def _one_by_one(self, data: Any, target: Target, keys: Tensor, fixed: Any) -> dict[str, Tensor]:
         parameters = list(self._functional.values())
-        rows: list[tuple[Tensor, ...]] = []
+        rows: dict[str, list[Tensor]] = {name: [] for name in self._functional}
         for p in parameters:
             p.requires_grad_(True)
         try:
             for i in range(len(keys)):
-                one = torch.tensor([i])
-                label = None if fixed is None else fixed[one.to(fixed.device)]
-                with torch.enable_grad(), _silenced(self._tape):
-                    value, _ = target(self.model, self.task, take(data, one), keys[one.to(keys.device)], label)
-                    found = torch.autograd.grad(value.sum(), parameters, allow_unused=True)
-                rows.append(tuple(
-                    torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
-                ))
+                one = take((data, keys, fixed), torch.tensor([i]))
+                with torch.enable_grad():
+                    value = target(self.model, self.task, *one)[0].sum()
+                    found = torch.autograd.grad(value, parameters, allow_unused=True)
+                for part, p, g in zip(rows.values(), parameters, found, strict=True):
+                    part.append(torch.zeros_like(p) if g is None else g)
         finally:
             for p in parameters:
                 p.requires_grad_(False)
-        stacked = (torch.stack(column) for column in zip(*rows, strict=True))
-        return dict(zip(self._functional, stacked, strict=True))
+        return {name: torch.stack(part) for name, part in rows.items()}
+
+
+def _check(values: Tensor, batch: BatchInfo) -> None:
+    if values.ndim != 1:
+        raise ValueError(
+            f"Expected one number an example from the task; got shape {tuple(values.shape)}."
+        )
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        number = int(batch.indices[row])
+        name = f"number {number}" if batch.ids is None else repr(batch.ids[number])
+        raise FloatingPointError(
+            f"The loss of example {name} is {values[row].item()}; "
+            "look at this example, or at the model's weights, before tracing."
+        )
 
 
 class _Bound(nn.Module):
@@ -335,36 +427,18 @@ class _Bound(nn.Module):
         return self.function(self.model, *args)
 
 
-@contextmanager
-def _silenced(tape: _Tape) -> Iterator[None]:
-    """Passes whose calls are not recorded."""
-    saved = tape.calls, tape.waiting, tape.roots
-    tape.calls, tape.waiting, tape.roots = {}, {}, []
-    try:
-        yield
-    finally:
-        tape.calls, tape.waiting, tape.roots = saved
+def _mask_for(masks: dict[str, Tensor | None], module: str, grad: Tensor) -> Tensor | None:
+    """The mask (batch, pos) that holds for a module's positions, or None where all are real.
 
-
-def _output_like(module: nn.Module, x: Tensor) -> Tensor:
-    return torch.zeros_like(module.forward(x))
-
-
-def _mask_for(masks: dict[str, Tensor], module: str, g: Tensor) -> Tensor | None:
-    """The mask (batch, pos, 1) that holds for a module's positions, or None where all are real."""
-    best = max((p for p in masks if module.startswith(p)), key=len, default=None)
-    if best is None or masks[best].shape != g.shape[-3:-1]:
+    A position that receives a gradient is real whatever the mask says: encoder states that a decoder
+    reads may be as many as the decoder's tokens.
+    """
+    inside = [p for p in masks if not p or module == p or module.startswith(f"{p}.")]
+    mask = masks[max(inside, key=len)] if inside else None
+    if mask is None or mask.shape != grad.shape[-3:-1]:
         return None
-    mask = masks[best].to(g.device)
-    return None if bool(mask.all()) else mask[..., None]
-
-
-def _joined(masks: list[Tensor | None], parts: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """The masks of several uses, one after the other."""
-    if all(mask is None for mask in masks):
-        return None
-    full = [torch.ones(g.shape[-3:-1], dtype=torch.bool, device=g.device) for _, g in parts]
-    return torch.cat([f if m is None else m[..., 0] for m, f in zip(masks, full, strict=True)], dim=1)
+    mask = mask.to(grad.device)
+    return None if bool(grad[..., ~mask, :].any()) else mask
 
 
 @dataclass(frozen=True)
@@ -387,7 +461,9 @@ def plan_batches(
     limit = batch_tokens if examples.lengths else batch_size
     plans = []
     for fold in range(folds):
-        members = sorted((i for i in range(len(examples)) if fold_of[i] == fold), key=lambda i: (-lengths[i], i))
+        members = sorted(
+            (i for i in range(len(examples)) if fold_of[i] == fold), key=lambda i: (-lengths[i], i)
+        )
         batch: list[int] = []
         for i in members:  # longest first, so the first of a batch is its width
             if batch and ((len(batch) + 1) * lengths[batch[0]] > limit or len(batch) == batch_size):
@@ -397,10 +473,6 @@ def plan_batches(
         if batch:
             plans.append(BatchPlan(tuple(batch), fold))
     return plans
-
-
-class Sink(Protocol):
-    def __call__(self, rows: Rows) -> None: ...
 
 
 def sweep(
@@ -431,7 +503,8 @@ def sweep(
         stop: Asked after each batch; true ends the sweep early.
     """
     plans = plan_batches(examples) if batches is None else list(batches)
-    start, finished = _resume(checkpoint, accumulators, note)
+    facts = {"note": note, "batches": len(plans)}
+    start, finished = _resume(checkpoint, accumulators, facts)
     if finished:
         return start
     saved, done = time.monotonic(), start
@@ -450,12 +523,12 @@ def sweep(
             if progress is not None:
                 progress(done, len(plans), note)
             if checkpoint is not None and time.monotonic() - saved > save_every:
-                _save(checkpoint, accumulators, {"done": done, "note": note, "finished": False})
+                _save(checkpoint, accumulators, facts | {"done": done, "finished": False})
                 saved = time.monotonic()
             if stop is not None and stop():
                 break
     if checkpoint is not None:
-        _save(checkpoint, accumulators, {"done": done, "note": note, "finished": True})
+        _save(checkpoint, accumulators, facts | {"done": done, "finished": True})
     return done
 
 
@@ -478,7 +551,7 @@ def run_batch(
     for part in target.parts(capture.model, capture.task, data, keys):
         chosen = part.index
         rows = indices if chosen is None else indices[chosen.cpu()]
-        info = BatchInfo(rows, plan.fold, part.weights, part.share)
+        info = BatchInfo(rows, plan.fold, part.weights, part.share, examples.ids)
         some, some_keys = (data, keys) if chosen is None else (take(data, chosen), keys[chosen])
         with torch.no_grad():
             capture.backward(some, part.target, info, some_keys, emit)
@@ -486,16 +559,23 @@ def run_batch(
             accumulator.end_batch(info)
 
 
-def _resume(checkpoint: Checkpoint | None, accumulators: Sequence[Accumulator], note: str) -> tuple[int, bool]:
+def _resume(
+    checkpoint: Checkpoint | None, accumulators: Sequence[Accumulator], facts: dict[str, Any]
+) -> tuple[int, bool]:
+    """How many batches a checkpoint of the same sweep has done, and whether it is finished."""
     found = None if checkpoint is None else checkpoint.load()
-    if found is None or found[1].get("note") != note:
+    if found is None or not facts.items() <= found[1].items():
         return 0, False
-    tensors, facts = found
+    tensors, state = found
     for i, accumulator in enumerate(accumulators):
         prefix = f"{i}/"
-        accumulator.load({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
-    return int(facts["done"]), bool(facts["finished"])
+        accumulator.load({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+    return int(state["done"]), bool(state["finished"])
 
 
-def _save(checkpoint: Checkpoint, accumulators: Sequence[Accumulator], facts: dict[str, Any]) -> None:
-    checkpoint.save({f"{i}/{k}": v for i, a in enumerate(accumulators) for k, v in a.tensors().items()}, facts)
+def _save(
+    checkpoint: Checkpoint, accumulators: Sequence[Accumulator], facts: dict[str, Any]
+) -> None:
+    checkpoint.save(
+        {f"{i}/{k}": v for i, a in enumerate(accumulators) for k, v in a.tensors().items()}, facts
+    )

@@ -7,16 +7,15 @@ data, in the same process. That unit travels between machines; seconds do not.
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from headwater.core.capture import BatchPlan
+from headwater.core.capture import BatchPlan, evaluation_mode
 from headwater.core.examples import Examples, to_device
-from headwater.core.follow import evaluation_mode
 from headwater.core.task import Task
 
 
@@ -91,28 +90,40 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@contextmanager
-def counted_memory(model: nn.Module) -> Iterator[Callable[[], tuple[int, int]]]:
-    """Count what autograd keeps of the passes inside: (bytes in all, bytes of the largest tensor).
+class KeptMemory:
+    """What passes keep of their activations, every storage once and the model's own not at all.
 
-    The model's own parameters do not count, and a storage counts once.
+    Args:
+        model: The model, whose parameters and buffers do not count.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # addresses are only unique among living tensors
 
-    def pack(tensor: Tensor) -> Tensor:
+    def __init__(self, model: nn.Module):
+        own = (*model.parameters(), *model.buffers())
+        self._own = {t.untyped_storage().data_ptr() for t in own}
+        self._kept: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # addresses are only unique among living tensors
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Count a tensor."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
+        if storage.data_ptr() not in self._own:
+            self._kept[storage.data_ptr()] = storage.nbytes()
+            self._alive.append(tensor)
         return tensor
 
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield lambda: (sum(kept.values()), max(kept.values(), default=0))
-    finally:
-        alive.clear()
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count what autograd keeps of the passes inside."""
+        with torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor):
+            yield
+
+    @property
+    def total(self) -> int:
+        return sum(self._kept.values())
+
+    @property
+    def largest(self) -> int:
+        return max(self._kept.values(), default=0)
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:

@@ -92,7 +92,7 @@ def evidence(eigenvalues: Iterable[Tensor], *, n: int, distance: float, steps: i
 
 
 def parse_damping(text: str | float | Damping) -> Damping | str:
-    """Damping from what a person writes: 0.01, "0.1 relative", "weight_decay" or "auto".
+    """Damping from what a person writes: 0.01, "0.1 relative", "weight_decay", "horizon", "evidence" or "auto".
 
     Raises:
         ValueError: The text is none of these.
@@ -106,15 +106,16 @@ def parse_damping(text: str | float | Damping) -> Damping | str:
     if isinstance(text, (int, float)):
         return Damping(float(text))
     words = text.split()
-    if text in ("auto", "weight_decay"):
+    if text in ("auto", "weight_decay", "horizon", "evidence"):
         return text
     try:
-        if len(words) > 2:
-            raise ValueError("more than a number and a unit")
-        return Damping(float(words[0]), words[1] if len(words) > 1 else "absolute")  # type: ignore[arg-type]
+        unit = " ".join(words[1:]) or "absolute"
+        if unit not in ("absolute", "relative"):
+            raise ValueError(f"the unit is {unit!r}, not 'absolute' or 'relative'")
+        return Damping(float(words[0]), unit)
     except (IndexError, ValueError) as error:
         raise ValueError(
-            f"Expected a damping such as 0.01, '0.1 relative', 'weight_decay' or 'auto'; got {text!r} ({error})."
+            f"Expected a damping such as 0.01, '0.1 relative', 'weight_decay', 'horizon', 'evidence' or 'auto'; got {text!r} ({error})."
         ) from None
 
 

@@ -12,10 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from headwater.core.capture import BatchInfo, Capture, Progress, Rows, plan_batches
+from headwater.core.capture import (
+    BatchInfo,
+    Capture,
+    Progress,
+    Rows,
+    evaluation_mode,
+    plan_batches,
+)
 from headwater.core.cost import available_memory_bytes, positions, spread
 from headwater.core.examples import Examples, as_examples, take, to_device
-from headwater.core.follow import Followed, LeftOut, evaluation_mode, follow
+from headwater.core.follow import Followed, LeftOut, follow
 from headwater.core.gradients import Block, Factored, dense
 from headwater.core.layers import FUNCTIONAL, Layer
 from headwater.core.prediction import IGNORE
@@ -120,7 +127,9 @@ class Diagnosis:
         lines = [f"Diagnosis({head}; {len(self.layers)} layers, {_percent(self.coverage)} covered)"]
         for check in self.checks:
             if check.status != "ok":
-                lines.append(f"  {check.status}  {check.name}: {check.detail} {check.remedy}".rstrip())
+                lines.append(
+                    f"  {check.status}  {check.name}: {check.detail} {check.remedy}".rstrip()
+                )
         return "\n".join(lines)
 
 
@@ -202,7 +211,9 @@ def examine(
     exam = _Exam(model, task, examples, _chosen(examples, n), tolerance, progress)
     checks = [_weights(model), *_modes(model), *exam.loss_checks()]
     facts: dict[str, Any] = {"examples": [examples.ids[i] for i in exam.indices]}
-    if any(check.status == "fail" and check.name in ("loss", "repeats") for check in checks):
+    if any(
+        check.status == "fail" and check.name in ("loss", "repeats", "alone") for check in checks
+    ):
         detail = "not compared, because the loss itself is not in order"
         return Diagnosis((*checks, Check("gradients", "warn", detail)), facts=facts)
     try:
@@ -275,7 +286,9 @@ class _Exam:
             losses = self._loss(self.batch)
         except Exception as error:  # whatever a user's model raises is the finding
             detail = f"the loss of a batch could not be computed: {type(error).__name__}: {error}"
-            yield Check("loss", "fail", detail, "Check that the task and the batches fit the model.")
+            yield Check(
+                "loss", "fail", detail, "Check that the task and the batches fit the model."
+            )
             return
         if losses.ndim != 1 or len(losses) != len(self.indices):
             yield Check(
@@ -294,8 +307,14 @@ class _Exam:
             return
         yield Check("loss", "ok", f"one finite number an example, {float(losses.mean()):.4g} nats")
         yield self._repeats(losses)
-        yield self._batching(losses)
-        yield from self._padding(losses)
+        try:
+            alone = torch.cat([self._loss(single) for single in self.singles])
+        except Exception as error:  # as above
+            detail = f"no loss of one example alone: {type(error).__name__}: {error}"
+            yield Check("alone", "fail", detail, "The model must run on a batch of one.")
+            return
+        yield self._batching(losses, alone)
+        yield from self._padding()
 
     def _repeats(self, losses: Tensor) -> Check:
         gap = _gap(losses, self._loss(self.batch))
@@ -310,8 +329,7 @@ class _Exam:
             "default), and pass training=self.training.",
         )
 
-    def _batching(self, losses: Tensor) -> Check:
-        alone = torch.cat([self._loss(single) for single in self.singles])
+    def _batching(self, losses: Tensor, alone: Tensor) -> Check:
         if _close(losses, alone):
             return Check("batching", "ok", "a batch's losses are those of its examples alone")
         ratio = losses / alone
@@ -328,7 +346,7 @@ class _Exam:
             )
         return Check("batching", "fail", detail, remedy)
 
-    def _padding(self, losses: Tensor) -> Iterator[Check]:
+    def _padding(self) -> Iterator[Check]:
         """Whether padding, or what stands under it, changes a loss."""
         at = self.shortest
         padded = None if at is None else _padded(self.singles[at])
@@ -362,7 +380,9 @@ class _Exam:
         """The example that is padded: the shortest; None where batches have no mask."""
         if not isinstance(self.batch, dict) or self.batch.get("attention_mask") is None:
             return None
-        return min(range(len(self.singles)), key=lambda i: self.singles[i]["attention_mask"].shape[1])
+        return min(
+            range(len(self.singles)), key=lambda i: self.singles[i]["attention_mask"].shape[1]
+        )
 
     def compare(self, followed: Followed) -> "_Compared":
         """Gradients of every followed layer against autograd's."""
@@ -572,7 +592,11 @@ class _Compared:
                 layer.numel,
                 layer.numel / max(n_parameters, 1),
                 worst[layer.name],
-                "ok" if layer.name not in bad else "warn" if self._is_rounding(layer.name) else "fail",
+                "ok"
+                if layer.name not in bad
+                else "warn"
+                if self._is_rounding(layer.name)
+                else "fail",
             )
             for layer in self.followed
         )
@@ -756,9 +780,7 @@ def _size(exam: _Exam, followed: Followed, compared: _Compared) -> Iterator[Chec
     """Whether the data determine the factors, and whether a batch fits in memory."""
     examples, n = exam.examples, len(exam.indices)
     matrices = [x for x in followed if _has_factors(x) and x.name in compared.positions]
-    short = [
-        x for x in matrices if compared.positions[x.name] * len(examples) < max(x.shape[1:])
-    ]
+    short = [x for x in matrices if compared.positions[x.name] * len(examples) < max(x.shape[1:])]
     if short:
         worst = max(short, key=lambda x: max(x.shape[1:]))
         seen = compared.positions[worst.name] * len(examples)

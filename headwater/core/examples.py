@@ -1,10 +1,11 @@
 """What a dataset is to the core: examples with stable ids that can be collated into batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -83,15 +84,22 @@ class TensorExamples(Examples):
     """
 
     def __init__(
-        self, *tensors: Tensor, ids: Sequence[str] | None = None, metadata: dict[str, list] | None = None
+        self,
+        *tensors: Tensor,
+        ids: Sequence[str] | None = None,
+        metadata: dict[str, list] | None = None,
     ):
         if not tensors or len({len(t) for t in tensors}) != 1:
-            raise ValueError(f"Tensors must share their first axis; got {[tuple(t.shape) for t in tensors]}.")
+            raise ValueError(
+                f"Tensors must share their first axis; got {[tuple(t.shape) for t in tensors]}."
+            )
         self.tensors = tensors
         self.ids = [str(i) for i in range(len(tensors[0]))] if ids is None else list(ids)
         self.metadata = metadata or {}
         if len(self.ids) != len(tensors[0]):
-            raise ValueError(f"Expected {len(tensors[0])} ids, one for each example; got {len(self.ids)}.")
+            raise ValueError(
+                f"Expected {len(tensors[0])} ids, one for each example; got {len(self.ids)}."
+            )
         self._check()
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
@@ -139,11 +147,19 @@ class DatasetExamples(Examples):
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return [t for v in value.values() for t in _tensors(v)]
     if isinstance(value, (tuple, list)):
         return [t for v in value for t in _tensors(v)]
-    return [torch.as_tensor(value)]
+    if isinstance(value, str):
+        return [torch.tensor(list(value.encode()), dtype=torch.uint8)]
+    try:
+        return [torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value))]
+    except TypeError as error:
+        raise TypeError(
+            f"The dataset holds {type(value).__name__} objects, which have no content to recognise it by; "
+            "pass DatasetExamples(..., name=...), a name of your own for this data."
+        ) from error
 
 
 def as_examples(data: Any) -> Examples:
@@ -165,22 +181,27 @@ def as_examples(data: Any) -> Examples:
 
 
 def take(batch: Any, index: Tensor) -> Any:
-    """The same batch with rows chosen by `index`, through tuples, lists and dictionaries."""
-    if isinstance(batch, Tensor):
-        return batch[index.to(batch.device)]
-    if isinstance(batch, dict):
-        return type(batch)((k, take(v, index)) for k, v in batch.items())
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(take(v, index) for v in batch)
-    return batch
+    """The same batch with rows chosen by `index`, through tuples, lists and dictionaries.
+
+    A list of strings has one for each example; other plain values belong to the whole batch.
+    """
+    return _map(lambda t: t[index.to(t.device)], batch, lambda texts: [texts[i] for i in index])
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The same batch on a device, through tuples, lists and dictionaries."""
+    return _map(lambda t: t.detach().to(device, non_blocking=True), batch)
+
+
+def _map(function: Callable[[Tensor], Tensor], batch: Any, texts: Callable = list) -> Any:
+    """A function of a batch's tensors, and another of its lists of strings."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {k: to_device(v, device) for k, v in batch.items()}
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {k: _map(function, v, texts) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(v, device) for v in batch)
+        if batch and all(isinstance(v, str) for v in batch):
+            return texts(batch)
+        values = [_map(function, v, texts) for v in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,9 @@ from headwater.core.curvature import (
     METHODS,
     Curvature,
     CurvatureMethod,
+    DenseCurvature,
     Dual,
+    DualCurvature,
     FitContext,
     restore,
 )
@@ -25,7 +28,7 @@ from headwater.core.examples import Examples, as_examples, to_device
 from headwater.core.fingerprint import fingerprint_json, fingerprint_model
 from headwater.core.follow import Followed, follow
 from headwater.core.layers import Layer, Use
-from headwater.core.store import Artifact, ArtifactWriter, Checkpoint, FolderLock
+from headwater.core.store import Artifact, ArtifactMismatch, ArtifactMissing, ArtifactWriter, Checkpoint, FolderLock
 from headwater.core.task import Task
 
 
@@ -74,8 +77,10 @@ class Fit:
         """The damping behind a choice.
 
         Args:
-            choice: A number (absolute), "0.1 relative", "weight_decay" (the training run's), or "auto": the weight
-                decay of a run of gradient descent where it is recorded, else the evidence procedure.
+            choice: A number (absolute), "0.1 relative", "weight_decay" (the training run's), "horizon" (that plus one
+                over its horizon), "evidence" (the value under which the trained parameters are most probable), or
+                "auto": for a run of gradient descent the recorded weight decay, with the horizon where the curvature
+                is exact; else the evidence.
 
         Raises:
             ValueError: The run's weight decay is asked for and not known.
@@ -85,13 +90,26 @@ class Fit:
             return parsed
         decay = self.facts.get("weight_decay")
         # AdamW's decay acts on scaled steps and is no ridge penalty on the loss, so "auto" passes it by.
-        if parsed == "weight_decay" or (decay and not self.facts.get("adaptive", False)):
+        ridge = decay and not self.facts.get("adaptive", False)
+        horizon = None if self.facts.get("adaptive", False) else self.facts.get("horizon")
+        # A run stopped after a horizon h answers flat directions as if they were damped by 1/h. The exact curvature
+        # has many such directions; the Kronecker form blurs its spectrum and has few.
+        exact = isinstance(self.curvature, DualCurvature | DenseCurvature)
+        if horizon and (parsed == "horizon" or (parsed == "auto" and exact)):
+            source = "weight decay of the training run plus one over its horizon"
+            return Damping(float(decay or 0) + 1 / float(horizon), source=source)
+        if parsed == "weight_decay" or (parsed == "auto" and ridge):
             if not decay:
                 raise ValueError(
                     "The training run's weight decay is not recorded; pass weight_decay=… to headwater.fit, or "
                     "choose damping='auto' or a number."
                 )
             return Damping(float(decay), source="weight decay of the training run")
+        if parsed == "horizon" and not horizon:
+            raise ValueError(
+                "The training run's horizon is not recorded; pass horizon=… (the sum of its learning rates over one "
+                "minus the momentum) to headwater.fit, or choose damping='auto' or a number."
+            )
         n, distance = (
             len(self.train),
             self.facts.get("distance") or _distance(self.model, self.followed),
@@ -186,6 +204,7 @@ def fit(
     weight_decay: float | None = None,
     adaptive: bool = False,
     distance: float | None = None,
+    horizon: float | None = None,
     batch_size: int = 256,
     batch_tokens: int = 4096,
     check: bool = True,
@@ -201,10 +220,11 @@ def fit(
             EK-FAC.
         layers: Which parameters to follow; see `headwater.core.follow.follow`.
         skip: Patterns of parameters or modules to leave out.
-        folder: Where to save the fit. A finished fit of the same inputs is read instead of made again, and a killed
-            one goes on where it stopped.
+        folder: Where to save the fit. A finished fit of the same inputs and options is read instead of made again,
+            one with other options is replaced, and a killed one goes on where it stopped.
         weight_decay: The training run's weight decay, which becomes the damping.
         adaptive: Whether the run's optimizer scales its steps (Adam), so that its decay is no ridge penalty.
+        horizon: Sum of the run's learning rates over one minus its momentum.
         distance: Squared distance that training moved the followed parameters, for the automatic damping.
         batch_size: Most examples in a batch.
         batch_tokens: Most positions in a batch, for data with lengths.
@@ -213,6 +233,7 @@ def fit(
 
     Raises:
         ValueError: The loss is a mean over the batch, differs between passes, or no layer can be followed.
+        ArtifactMismatch: The folder holds the fit of another model, other data or another task.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -239,7 +260,12 @@ def fit(
         "data": examples.fingerprint(),
         "task": task.name,
     }
-    record = {"weight_decay": weight_decay, "adaptive": adaptive, "distance": distance}
+    record = {
+        "weight_decay": weight_decay,
+        "adaptive": adaptive,
+        "distance": distance,
+        "horizon": horizon,
+    }
     if folder is None:
         return _fit(
             method,
@@ -275,6 +301,10 @@ def fit(
         made.save(place)
         for stage in work.glob("*"):
             Checkpoint(stage).clear()
+        with suppress(OSError):
+            work.rmdir()
+    with suppress(OSError):  # other unfinished fits may be in there
+        unfinished.rmdir()
     return made
 
 
@@ -311,12 +341,17 @@ def _fit(
 
 def _finished(place: Path, made_from: dict[str, str], options: dict[str, Any]) -> bool:
     """Whether a folder holds a whole fit of the same inputs and options."""
-    if not place.exists():
+    try:
+        artifact = Artifact.open(place, kind="fit")
+    except ArtifactMissing:
         return False
-    artifact = Artifact.open(place, kind="fit")
+    try:
+        artifact.require(**made_from)
+    except ArtifactMismatch as error:
+        raise ArtifactMismatch(f"{error} To fit what is at hand, choose another folder.") from None
     saved = artifact.facts["fit"]
-    known = saved["options"] | {k: saved.get(k) for k in ("weight_decay", "adaptive", "distance")}
-    return artifact.made_from == made_from and fingerprint_json(known) == fingerprint_json(options)
+    known = saved["options"] | {k: saved.get(k) for k in ("weight_decay", "adaptive", "distance", "horizon")}
+    return fingerprint_json(known) == fingerprint_json(options)
 
 
 def _choose(

@@ -44,6 +44,11 @@ class Factored:
         """Precision of the numbers."""
         return self.a.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.a.device
+
     def to(self, dtype: torch.dtype) -> "Factored":
         """The same gradients in another precision."""
         return self if dtype == self.dtype else Factored(self.a.to(dtype), self.g.to(dtype))
@@ -294,9 +299,16 @@ def _joined(parts: list[Block]) -> Block:
     """Parts one after the other; factored ones get positions of zeros up to the longest."""
     factored = [p for p in parts if isinstance(p, Factored)]
     if len(factored) < len(parts):
-        return torch.cat([dense(p) for p in parts])
+        return torch.cat([dense(p).to(parts[-1].device) for p in parts])
     pos = max(p.pos for p in factored)
     a, g = (
-        torch.cat([pad(getattr(p, side), (0, 0, 0, pos - p.pos)) for p in factored], dim=-3) for side in "ag"
+        torch.cat(
+            [
+                pad(getattr(p, side).to(parts[-1].device), (0, 0, 0, pos - p.pos))
+                for p in factored
+            ],
+            dim=-3,
+        )
+        for side in "ag"
     )
     return Factored(a, g)

@@ -18,6 +18,7 @@ A module that runs several times, and modules that share a weight, add their pos
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,14 +26,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FUNCTIONAL = "functional"
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_CHANNELS_SECOND = (*_CONV, nn.GroupNorm, _BATCH_NORM)
 
 
 @dataclass(frozen=True)
 class Use:
-    """One module through which a layer's parameter acts."""
+    """One module through which a layer's parameter acts.
+
+    Attributes:
+        module: Its name.
+        kind: How its rows are made; see `KINDS`.
+        axis: Which axis of its tensors is the example: 0, 1 for sequence-first models, or None where all
+            examples read the same, as position embeddings may; then its output is repeated for each.
+    """
 
     module: str
     kind: str
+    axis: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Layer:
         shape: (groups, out, in); groups is 1 but for grouped convolutions.
         parameters: Names of the model's parameters it covers: the weight, then the bias.
         shapes: Their shapes.
-        kind: How rows are made; see `KINDS`.
+        kind: Kind of the matrix: of its uses, or "functional".
         input_group: Name shared by layers that read the same tensor (query, key and value).
     """
 
@@ -98,126 +110,125 @@ class Layer:
         return weight.reshape(n, *self.block)
 
 
-# Row makers: (module, input, output gradient, batch size) to (a, g); `a` is shared, so it is made apart.
+# Row makers. `read` comes from the input and `grad` from the output's gradient; each is (batch, pos, dim), behind an
+# axis of groups if there are several. Layers that read the same tensor share `read`, so it is made apart.
 
 
-def _positions(x: Tensor, batch: int) -> Float[Tensor, "batch pos dim"]:
-    """Any leading axes, first the example, as one axis of positions."""
-    if x.numel() % batch or (x.ndim > 1 and prod(x.shape[:-1]) % batch):
-        raise ValueError(f"A layer's tensor {tuple(x.shape)} cannot be split into {batch} examples.")
-    return x.reshape(batch, -1, x.shape[-1])
+def _linear_read(module: Any, x: Tensor, batch: int, bias: bool) -> Tensor:
+    return _with_one(x.reshape(batch, -1, x.shape[-1]), bias)
+
+
+def _linear_grad(module: Any, x: Tensor, g: Tensor, batch: int, bias: bool) -> Tensor:
+    return g.reshape(batch, -1, g.shape[-1])
 
 
 def _with_one(a: Tensor, bias: bool) -> Tensor:
     return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1) if bias else a
 
 
-def _linear_a(module: nn.Module, x: Tensor, batch: int, bias: bool) -> Tensor:
-    return _with_one(_positions(x, batch), bias)
-
-
-def _linear_g(module: nn.Module, x: Tensor, g: Tensor, batch: int) -> Tensor:
-    return _positions(g, batch)
-
-
-def _conv_a(module: nn.Module, x: Tensor, batch: int, bias: bool) -> Tensor:
+def _conv_read(module: Any, x: Tensor, batch: int, bias: bool) -> Tensor:
     """Patches (groups?, batch, sites, in / groups * kernel)."""
-    if x.ndim == len(module.kernel_size) + 1:
-        x = x[None]
-    pads = module._reversed_padding_repeated_twice
-    x = F.pad(x, pads, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-    for axis, (size, step, gap) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    ):
-        x = x.unfold(2 + axis, gap * (size - 1) + 1, step)[..., ::gap]
-    n, n_axes, groups = len(module.kernel_size), x.ndim, module.groups
+    n, groups = len(module.kernel_size), module.groups
+    x = x if x.ndim == n + 2 else x[None]
+    if any(pads := module._reversed_padding_repeated_twice):
+        mode = module.padding_mode
+        x = F.pad(x, pads, mode="constant" if mode == "zeros" else mode)
+    steps = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for axis, (size, step, gap) in enumerate(steps, start=2):
+        x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
     x = x.unflatten(1, (groups, -1))  # batch, groups, channels, *sites, *kernel
-    x = x.permute(1, 0, *range(3, 3 + n), 2, *range(3 + n, n_axes + 1))
-    x = x.reshape(groups, batch, -1, x.shape[2 + n] * prod(module.kernel_size))
+    x = x.permute(1, 0, *range(3, 3 + n), 2, *range(3 + n, 3 + 2 * n))
+    x = x.reshape(groups, batch, -1, prod(x.shape[2 + n :]))
     return _with_one(x if groups > 1 else x[0], bias)
 
 
-def _conv_g(module: nn.Module, x: Tensor, g: Tensor, batch: int) -> Tensor:
-    g = g.reshape(batch, module.groups, module.out_channels // module.groups, -1).permute(1, 0, 3, 2)
-    return g if module.groups > 1 else g[0]
+def _conv_grad(module: Any, x: Tensor, g: Tensor, batch: int, bias: bool) -> Tensor:
+    groups, sites = module.groups, prod(g.shape[-len(module.kernel_size) :])
+    g = g.reshape(batch, -1, groups, module.out_channels // groups, sites)
+    g = g.permute(2, 0, 1, 4, 3).flatten(2, 3)
+    return g if groups > 1 else g[0]
 
 
-def _embedding_a(module: nn.Module, x: Tensor, batch: int, bias: bool) -> Tensor:
-    raise AssertionError("an embedding's `a` is its output gradient")
+def _embedding_read(module: Any, x: Tensor, batch: int, bias: bool) -> Tensor:
+    """One-hot tokens; PyTorch gives the row of `padding_idx` no gradient."""
+    tokens = x.reshape(batch, -1, 1).long()
+    padding = -1 if module.padding_idx is None else module.padding_idx
+    onehot = module.weight.new_zeros(batch, tokens.shape[1], module.num_embeddings)
+    return onehot.scatter_(2, tokens, (tokens != padding).to(onehot))
 
 
-def _embedding_rows(module: nn.Module, x: Tensor, g: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    tokens = x.reshape(batch, -1)
-    onehot = F.one_hot(tokens, module.num_embeddings).to(g.dtype)
-    if module.padding_idx is not None:  # PyTorch gives that row no gradient
-        onehot = onehot * (tokens != module.padding_idx)[..., None]
-    return g.reshape(batch, -1, module.embedding_dim), onehot
+def _one(module: Any, x: Tensor, batch: int, bias: bool) -> Tensor:
+    return x.new_ones(batch, 1, 1)
 
 
-def _normalized(module: nn.Module, x: Tensor) -> Tensor:
+def _norm_grad(module: Any, x: Tensor, g: Tensor, batch: int, bias: bool) -> Tensor:
+    """One position: the gradient of a gain sums over positions anyway."""
+    gain = _channel_sums(module, g * _normalized(module, x), batch)
+    return torch.cat([gain, _channel_sums(module, g, batch)], dim=-1) if bias else gain
+
+
+def _bias_grad(module: Any, x: Tensor, g: Tensor, batch: int, bias: bool) -> Tensor:
+    return _channel_sums(module, g, batch)
+
+
+def _channel_sums(module: Any, g: Tensor, batch: int) -> Float[Tensor, "batch 1 channel"]:
+    """Sums over all but the axes that a gain or bias has."""
+    if isinstance(module, _CHANNELS_SECOND):
+        unbatched = isinstance(module, _CONV) and g.ndim == len(module.kernel_size) + 1
+        g = g[None] if unbatched else g
+        return g.reshape(batch, -1, g.shape[1], prod(g.shape[2:])).sum((1, 3))[:, None]
+    width = module.weight.numel() if module_kind(module) == "norm" else g.shape[-1]
+    return g.reshape(batch, -1, width).sum(dim=1, keepdim=True)
+
+
+def _normalized(module: Any, x: Tensor) -> Tensor:
     """The input of a norm's gain: what the norm returns with gain one and bias zero."""
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, module.num_groups, eps=module.eps)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, _BATCH_NORM):
         return F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
     eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     wide = x if x.dtype == torch.float64 else x.float()
-    dims = tuple(range(-module.weight.ndim, 0))
-    return (wide * torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)).to(x.dtype)
+    square = wide.square().mean(tuple(range(-module.weight.ndim, 0)), keepdim=True)
+    return (wide * torch.rsqrt(square + eps)).to(x.dtype)
 
 
-def _norm_rows(module: nn.Module, x: Tensor, g: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """One position: the gradient of a gain sums over positions anyway."""
-    parts = [g * _normalized(module, x)]
-    if getattr(module, "bias", None) is not None:
-        parts.append(g)
-    channels_first = isinstance(module, nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
-    if channels_first:
-        sums = [p.reshape(batch, p.shape[1], -1).sum(dim=2) for p in parts]
-    else:
-        sums = [p.reshape(batch, -1, module.weight.numel()).sum(dim=1) for p in parts]
-    rows = torch.cat(sums, dim=1)[:, None]
-    return rows.new_ones(batch, 1, 1), rows
-
-
-def _bias_rows(module: nn.Module, x: Tensor, g: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    rows = g.reshape(batch, -1, g.shape[-1]).sum(dim=1, keepdim=True)
-    return rows.new_ones(batch, 1, 1), rows
-
-
-SHARED_INPUT: dict[str, tuple[Callable, Callable]] = {
-    "linear": (_linear_a, _linear_g),
-    "conv1d": (_linear_a, _linear_g),
-    "conv": (_conv_a, _conv_g),
+KINDS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "linear": (_linear_read, _linear_grad),
+    "conv1d": (_linear_read, _linear_grad),
+    "conv": (_conv_read, _conv_grad),
+    "embedding": (_embedding_read, _linear_grad),
+    "norm": (_one, _norm_grad),
+    "bias": (_one, _bias_grad),
 }
-WHOLE_ROWS: dict[str, Callable] = {"embedding": _embedding_rows, "norm": _norm_rows, "bias": _bias_rows}
 
 
-def module_kind(module: nn.Module) -> str | None:
+def module_kind(module: Any) -> str | None:
     """The kind of a module whose parameters can be followed by hooks, or None."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, _CONV):
         return "conv"
     if isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq
         return "embedding" if plain else None
     if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
         return "norm" if getattr(module, "weight", None) is not None else None
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, _BATCH_NORM):
         return "norm" if module.affine and module.track_running_stats else None
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "conv1d"
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return "linear" if not isinstance(module, nn.Bilinear) and not list(module.children()) else None
-    if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
-        known = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
-        return "norm" if known and len(list(module.parameters(recurse=False))) == 1 else None
+        leaf = not list(module.children()) and not isinstance(module, nn.Bilinear)
+        return "linear" if leaf else None
+    named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "eps")
+    if named or hasattr(module, "variance_epsilon"):  # of Llama, T5 and their kin
+        return "norm" if [*module._parameters] == ["weight"] else None
     return None
 
 
-def matrix_shape(module: nn.Module, kind: str) -> tuple[int, int, int]:
+def matrix_shape(module: Any, kind: str) -> tuple[int, int, int]:
     """(groups, out, in) of a module's weight, without its bias."""
     if kind == "linear":
         return 1, module.out_features, module.in_features

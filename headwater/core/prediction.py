@@ -1,4 +1,4 @@
-r"""What a model predicts for a batch: a distribution at every position, and the labels it is scored on.
+"""What a model predicts for a batch: a distribution at each position, and labels to score it on.
 
 Losses are negative log-likelihoods in nats, one number a position. The curvature of the loss in the model's
 outputs, which the Gauss–Newton matrix sandwiches, is the Fisher information of these distributions: it can be
@@ -19,10 +19,10 @@ IGNORE = -100  # PyTorch's mark for labels that are not scored
 
 @dataclass(frozen=True)
 class LabelRows:
-    """Square-root rows of the Fisher information of a batch's predictions.
+    r"""Square-root rows of the Fisher information of a batch's predictions.
 
-    Row r is one label of one position of one example; with $v_r = \\sqrt{w_r}\\,\\nabla\\ell_r$ the rows give
-    $\\sum_r v_r v_r^\\top$, the Fisher information of the batch, less the share `lost`.
+    Row r is one label of one position of one example; with $v_r = \sqrt{w_r}\,\nabla\ell_r$ the rows give
+    $\sum_r v_r v_r^\top$, the Fisher information of the batch, less the share `lost`.
     """
 
     example: Int[Tensor, " row"]
@@ -55,8 +55,10 @@ class Prediction(ABC):
         """Every label of probability at least `cut`, as rows of the Fisher's square root."""
 
     @abstractmethod
-    def row_value(self, rows: LabelRows) -> Float[Tensor, " batch"]:
-        """For a batch with one row an example: the number whose gradient is the row, unweighted."""
+    def row_value(
+        self, position: Int[Tensor, " batch"], label: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """For one label an example: the number whose gradient is its row, unweighted."""
 
     @abstractmethod
     def hessian_product(self, tangent: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class Categorical(Prediction):
         return loss.view(self.labels.shape)
 
     def margin(self) -> Float[Tensor, " batch"]:
-        """Log-odds of the labels, $z_y - \\log\\sum_{c\\neq y} e^{z_c}$, summed over positions (nats)."""
+        r"""Log-odds of the labels, $z_y - \log\sum_{c\neq y} e^{z_c}$, summed over positions (nats)."""
         logits, labels = _float32(self.logits), self.labels.clamp(min=0)[..., None]
         others = logits.scatter(-1, labels, -torch.inf).logsumexp(dim=-1)
         odds = logits.gather(-1, labels).squeeze(-1) - others
@@ -139,10 +141,10 @@ class Categorical(Prediction):
             lost = float((1 - kept / total).clamp(min=0)) if total > 0 else 0.0
             return LabelRows(example, position, label, weight, lost)
 
-    def row_value(self, rows: LabelRows) -> Float[Tensor, " batch"]:
+    def row_value(self, position: Tensor, label: Tensor) -> Float[Tensor, " batch"]:
         labels = torch.full_like(self.labels, IGNORE)
-        labels[torch.arange(len(labels), device=labels.device), rows.position] = rows.label
-        return replace(self, labels=labels).loss()
+        labels = labels.scatter(1, position[:, None], label[:, None])
+        return self.with_target(labels).loss()
 
     def hessian_product(self, tangent: Tensor) -> Tensor:
         p = _float32(self.logits).softmax(dim=-1)
@@ -185,9 +187,9 @@ class Gaussian(Prediction):
             example, position, label, torch.ones_like(example, dtype=self.mean.dtype), 0.0
         )
 
-    def row_value(self, rows: LabelRows) -> Float[Tensor, " batch"]:
-        index = torch.arange(len(self.mean), device=self.mean.device)
-        return self.mean[index, rows.position, rows.label]
+    def row_value(self, position: Tensor, label: Tensor) -> Float[Tensor, " batch"]:
+        flat = position * self.mean.shape[-1] + label
+        return self.mean.flatten(1).gather(1, flat[:, None]).squeeze(1)
 
     def hessian_product(self, tangent: Tensor) -> Tensor:
         return tangent * self.mask[..., None]

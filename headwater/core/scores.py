@@ -89,12 +89,11 @@ class Scores:
         Needs the extra `tabular`.
         """
         pandas = require("pandas", extra="tabular")
-        rows = []
+        rows, ends = [], [] if top is None else list(zip(self.top(top), self.top(top, lowest=True), strict=True))
         for q, query in enumerate(self.query_ids):
             chosen: Sequence[int] = range(self.values.shape[1])
             if top is not None:
-                ends = self.top(top)[q] + self.top(top, lowest=True)[q]
-                chosen = sorted(set(ends), key=lambda i: -float(self.values[q, i]))
+                chosen = sorted({*ends[q][0], *ends[q][1]}, key=lambda i: -float(self.values[q, i]))
             rows.extend(self._row(q, query, i) for i in chosen)
         return pandas.DataFrame(rows)
 
@@ -113,11 +112,11 @@ class Scores:
                 f"There is no metadata column {column!r}; there are: {', '.join(self.metadata) or 'none'}."
             )
         names = [str(v) for v in self.metadata[column]]
-        totals = {}
-        for name in sorted(set(names)):
-            chosen = torch.tensor([n == name for n in names])
-            totals[name] = self.values[:, chosen].sum(1)
-        return totals
+        groups = {name: i for i, name in enumerate(sorted(set(names)))}
+        index = torch.tensor([groups[name] for name in names])
+        totals = torch.zeros(len(self), len(groups), dtype=torch.float64)
+        totals.index_add_(1, index, self.values.double())
+        return {name: totals[:, i].to(self.values) for name, i in groups.items()}
 
     def save(self, folder: str | Path) -> None:
         """Write the scores as an artifact: tensors, a table of the training examples, a manifest."""
@@ -166,15 +165,11 @@ class Scores:
         lines = [
             f"Scores({q} queries × {n} training examples, change of {self.measurement} in nats)"
         ]
-        for name, most, least in list(
-            zip(self.query_ids, self.top(3), self.top(3, lowest=True), strict=True)
-        )[:5]:
-            row = self.query_ids.index(name)
-            raised = ", ".join(
-                f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in most
-            )
-            lowered = ", ".join(
-                f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in least
+        most, least = self.top(3), self.top(3, lowest=True)
+        for row, name in enumerate(self.query_ids[:5]):
+            raised, lowered = (
+                ", ".join(f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in end[row])
+                for end in (most, least)
             )
             lines.append(f"  {name}: raised by {raised}; lowered by {lowered}")
         if q > 5:

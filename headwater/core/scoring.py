@@ -9,6 +9,7 @@ from torch import Tensor
 from headwater.core.capture import Accumulator, BatchInfo, Rows
 from headwater.core.curvature.base import Preconditioned
 from headwater.core.curvature.moments import Basis, SharedRotation, rotates_first
+from headwater.core.curvature.prepared import in_basis
 from headwater.core.gradients import Factored, Gradients, dense, inner, squared_norms
 from headwater.numerics import kronecker
 
@@ -73,10 +74,7 @@ class ReplicateScores(Accumulator):
     def __init__(
         self, queries: Gradients, bases: dict[str, Basis], factors: dict[str, Tensor], n: int
     ):
-        self.rotated = {
-            name: kronecker.change_basis(x := dense(block), *_like(x, bases[name]))
-            for name, block in queries.blocks.items()
-        }
+        self.rotated = {n: dense(in_basis(b, bases[n])) for n, b in queries.blocks.items()}
         self.bases, self.factors = bases, factors
         n_replicates = len(next(iter(factors.values())))
         self.scores = torch.zeros(n_replicates, len(queries), n, dtype=torch.float64)
@@ -84,8 +82,7 @@ class ReplicateScores(Accumulator):
 
     def update(self, rows: Rows) -> None:
         name, index = rows.layer.name, rows.batch.indices
-        Q_A, Q_G = _like(rows.a, self.bases[name])
-        block = Factored(self._shared(rows.a, Q_A), kronecker.rotate(rows.g, Q_G))
+        block = in_basis(Factored(rows.a, rows.g), self.bases[name], self._shared)
         queries = self.rotated[name]
         for replicate, factor in enumerate(self.factors[name]):
             part = inner(queries * factor.to(queries), block)
@@ -166,7 +163,7 @@ class SelfScores(Accumulator):
 
     def update(self, rows: Rows) -> None:
         a, g = rows.a, rows.g
-        Q_A, Q_G = _like(a, self.bases[rows.layer.name])
+        Q_A, Q_G = (None if q is None else q.to(a) for q in self.bases[rows.layer.name])
         factor = self.factors[rows.layer.name].to(a)
         if rotates_first(rows):
             a, g, Q_A, Q_G = self._shared(a, Q_A), kronecker.rotate(g, Q_G), None, None
@@ -206,11 +203,6 @@ def _weighted_squares(a: Tensor, g: Tensor, Q_A: Tensor | None, Q_G: Tensor | No
     matrices = kronecker.gradient(a, g).movedim(-3, 0)
     squares = kronecker.change_basis(matrices, Q_A, Q_G).square_()
     return (squares * factor).sum((-1, -2)).movedim(0, -1)
-
-
-def _like(x: Tensor, basis: Basis) -> Basis:
-    Q_A, Q_G = basis
-    return None if Q_A is None else Q_A.to(x), None if Q_G is None else Q_G.to(x)
 
 
 class Norms(Accumulator):

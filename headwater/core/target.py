@@ -31,7 +31,6 @@ class Part:
     share: Tensor | None = None
 
 
-
 class Target(ABC):
     """One number an example, to be differentiated in the activations."""
 
@@ -89,19 +88,24 @@ class DrawnSeveral(Target):
         return Drawn(self.seed)(model, task, batch, keys, fixed)
 
     def parts(self, model, task, batch, keys):
-        each = None if self.draws == 1 else torch.full((len(keys),), 1 / self.draws, device=keys.device)
+        each = None
+        if self.draws > 1:
+            size, device = (len(keys),), keys.device
+            each = torch.full(size, 1 / self.draws, dtype=torch.float64, device=device)
         for draw in range(self.draws):
             yield Part(Drawn(self.seed * self.draws + draw), None, each, each)
 
 
 @dataclass(frozen=True)
 class _OneRow(Target):
-    """The rows of the Fisher's square root, one for each row of the batch."""
+    """One row of the Fisher's square root for each row of the batch."""
 
     rows: LabelRows
 
     def __call__(self, model, task, batch, keys, fixed=None):
-        return task.predict(model, batch).row_value(self.rows), None
+        if fixed is None:
+            fixed = torch.stack([self.rows.position, self.rows.label], dim=1)
+        return task.predict(model, batch).row_value(*fixed.unbind(1)), fixed
 
 
 @dataclass(frozen=True)
@@ -124,10 +128,18 @@ class Enumerated(Target):
             rows = task.predict(model, batch).rows(self.cut)
         self.lost.append((rows.lost, len(keys)))
         n_rows = torch.bincount(rows.example, minlength=len(keys))
-        for start in range(0, len(rows.example), len(keys)):
+        # An example without a label to enumerate still counts as one: it gets a row of weight zero.
+        empty = (n_rows == 0).nonzero().squeeze(1)
+        example = torch.cat([rows.example, empty])
+        position, label, weight = (
+            torch.cat([x, x.new_zeros(len(empty))])
+            for x in (rows.position, rows.label, rows.weight)
+        )
+        share = 1 / n_rows.clamp(min=1).double()[example]
+        for start in range(0, len(example), len(keys)):
             part = slice(start, start + len(keys))
-            some = LabelRows(rows.example[part], rows.position[part], rows.label[part], rows.weight[part], 0.0)
-            yield Part(_OneRow(some), some.example, some.weight, 1 / n_rows[some.example])
+            some = LabelRows(example[part], position[part], label[part], weight[part], 0.0)
+            yield Part(_OneRow(some), some.example, some.weight, share[part])
 
 
 def fisher_target(fisher: Fisher, *, draws: int = 1, cut: float = 1e-4, seed: int = 0) -> Target:

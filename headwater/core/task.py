@@ -1,7 +1,7 @@
 """Tasks bind a model to its loss and to the measurement that a query asks about."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,9 @@ def measurement_function(measurement: Measurement) -> Callable[[Prediction], Ten
     if callable(measurement):
         return measurement
     if measurement not in MEASUREMENTS:
-        raise ValueError(f"Expected a measurement among {', '.join(MEASUREMENTS)}; got {measurement!r}.")
+        raise ValueError(
+            f"Expected a measurement among {', '.join(MEASUREMENTS)}; got {measurement!r}."
+        )
     return MEASUREMENTS[measurement]
 
 
@@ -104,7 +106,9 @@ class Classification(Task):
     def predict(self, model: nn.Module, batch: Any) -> Categorical:
         outputs, labels = _call(model, batch)
         if outputs.ndim != 2:
-            raise ValueError(f"Expected logits (batch, class); the model returned {tuple(outputs.shape)}.")
+            raise ValueError(
+                f"Expected logits (batch, class); the model returned {tuple(outputs.shape)}."
+            )
         return Categorical(outputs[:, None], labels.reshape(-1, 1).long())
 
 
@@ -129,8 +133,8 @@ class Regression(Task):
 
 class _TokenTask(Task):
     def masks(self, batch: Any) -> dict[str, Bool[Tensor, "batch pos"]]:
-        mask = batch.get("attention_mask")
-        return {} if mask is None else {"": mask.bool()}
+        mask = _attention_mask(batch)
+        return {} if mask is None else {"": mask}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +142,15 @@ class CausalLM(_TokenTask):
     """Next-token prediction: cross-entropy of each labelled token given those before it.
 
     Batches are dictionaries with `input_ids`, `attention_mask` and `labels` (-100 where not scored), all
-    (batch, pos), the labels not shifted: the task shifts them.
+    (batch, pos), the labels not shifted: the task shifts them. A token after padding is not scored, as a
+    first token is not, so that padding may stand on either side.
     """
 
     def predict(self, model: nn.Module, batch: Any) -> Categorical:
         logits, labels = _call(model, batch)
-        return Categorical(logits[:, :-1], labels[:, 1:])
+        mask, labels = _attention_mask(batch), labels[:, 1:]
+        labels = labels if mask is None else labels.masked_fill(~mask[:, :-1], IGNORE)
+        return Categorical(logits[:, :-1], labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +180,13 @@ class Seq2Seq(Task):
         return Categorical(_logits(model(**arguments)), batch["labels"])
 
     def masks(self, batch: Any) -> dict[str, Bool[Tensor, "batch pos"]]:
-        masks = {"": batch["labels"] != IGNORE}
-        if batch.get("attention_mask") is not None:
-            source = batch["attention_mask"].bool()
+        if batch.get("decoder_attention_mask") is not None:
+            masks = {"": batch["decoder_attention_mask"].bool()}
+        else:  # all up to the last scored label: those before it act on it
+            scored = (batch["labels"] != IGNORE).long()
+            masks = {"": scored.flip(1).cumsum(1).flip(1) > 0}
+        source = _attention_mask(batch)
+        if source is not None:
             masks |= {self.encoder: source, f"model.{self.encoder}": source}
         return masks
 
@@ -221,7 +232,11 @@ class FunctionTask(Task):
     def measurement(self, model: nn.Module, batch: Any) -> Float[Tensor, " batch"]:
         if self.measure_with is not None:
             return self.measure_with(model, batch)
-        return self.loss(model, batch) if self.measurement_of == "loss" else super().measurement(model, batch)
+        return (
+            self.loss(model, batch)
+            if self.measurement_of == "loss"
+            else super().measurement(model, batch)
+        )
 
     def masks(self, batch: Any) -> dict[str, Tensor]:
         return self.masks_with(batch) if self.masks_with is not None else {}
@@ -231,16 +246,23 @@ class FunctionTask(Task):
         return f"FunctionTask[{self.label}]"
 
 
+def _attention_mask(batch: Any) -> Bool[Tensor, "batch pos"] | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None else mask.bool()
+
+
 def _logits(output: Any) -> Tensor:
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
-        raise TypeError(f"Expected a tensor or an object with `.logits`; the model returned {type(output)}.")
+        raise TypeError(
+            f"Expected a tensor or an object with `.logits`; the model returned {type(output)}."
+        )
     return output
 
 
 def _call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """The model's logits and the labels of a batch."""
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise ValueError(f"Expected `labels` in the batch; it has {', '.join(batch)}.")
         return _logits(model(**{k: v for k, v in batch.items() if k != "labels"})), batch["labels"]

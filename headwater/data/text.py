@@ -187,12 +187,8 @@ def _chat(value: Any, column: str, where: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: {column!r} must be a list of messages; got {_name(value)}.")
     for number, message in enumerate(value, start=1):
-        role, content = (
-            (message.get("role"), message.get("content"))
-            if isinstance(message, dict)
-            else (None, None)
-        )
-        if role not in ROLES or not isinstance(content, str):
+        fields = message if isinstance(message, dict) else {}
+        if fields.get("role") not in ROLES or not isinstance(fields.get("content"), str):
             raise ValueError(
                 f"{where}: message {number} of {column!r} must have a 'role' among "
                 f"{', '.join(ROLES)} and a text as 'content'; got {_shown(message)}."

@@ -171,7 +171,7 @@ def tokenize(
         ValueError: There is no chat template, or nothing to score, or an example is too long.
     """
     if max_length is None:
-        max_length = tokenizer.model_max_length
+        max_length = int(tokenizer.model_max_length)
         if max_length > UNBOUNDED:
             raise ValueError(
                 "The tokenizer does not say how long a context the model has; pass max_length."
@@ -284,7 +284,10 @@ class _Encoder:
                 "completions and chats need it; use the fast tokenizer (tokenizer.json)."
             )
         encoded = self.tokenizer(
-            text, add_special_tokens=not templated, return_offsets_mapping=spans is not None
+            text,
+            add_special_tokens=not templated,
+            return_offsets_mapping=spans is not None,
+            verbose=False,  # what is too long is reported by name
         )
         ids = list(encoded["input_ids"])
         scored = [True] * len(ids)
@@ -385,6 +388,7 @@ def _truncation(
 ) -> list[str]:
     if not long:
         return []
+    verb = "is" if len(long) == 1 else "are"
     lost = sum(len(encoded[i].ids) - len(cut[i].ids) for i in long)
     what = "their ends were cut"
     if records.prompts is not None:
@@ -393,7 +397,7 @@ def _truncation(
         if short:
             what += f" except for the ends of {_named(records.ids, short)}"
     return [
-        f"{_examples(len(long))} of {len(records)} longer than {max_length} tokens; {what} "
+        f"{len(long):,} of {len(records):,} examples {verb} longer than {max_length} tokens; {what} "
         f"({lost:,} tokens in all): {_named(records.ids, long)}."
     ]
 

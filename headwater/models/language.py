@@ -4,12 +4,14 @@ Nothing is downloaded, no code of a model folder is run, and no pickled weights 
 """
 
 import difflib
+import io
 import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -198,7 +200,8 @@ def convert_gguf(path: str | Path, out: str | Path) -> Path:
     partial.mkdir(parents=True)
     try:
         options = {"gguf_file": path.name, "local_files_only": True}
-        with _understood(path), _quiet():
+        # The bars of reading a GGUF file cannot be turned off; they go to stderr.
+        with _understood(path), quiet(), redirect_stderr(io.StringIO()):
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=torch.float32, **options
@@ -330,7 +333,7 @@ def _load_model(folder: Path, dtype: DType) -> Any:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"Expected dtype 'auto', 'float32' or 'bfloat16'; got {dtype!r}.")
     transformers = require("transformers", extra="language")
-    with _understood(folder), _quiet():
+    with _understood(folder), quiet():
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
@@ -353,7 +356,7 @@ def _load_adapter(model: Any, folder: Path) -> Any:
     peft = require("peft", extra="language")
     _config(folder / "adapter_config.json")
     _require_safetensors(folder)
-    with _understood(folder), _quiet():
+    with _understood(folder), quiet():
         return peft.PeftModel.from_pretrained(
             model, folder, is_trainable=True, use_safetensors=True, local_files_only=True
         )
@@ -371,7 +374,7 @@ def _load_tokenizer(places: Sequence[Path]) -> Any:
     )
     for folder in places:
         if any((folder / name).is_file() for name in names):
-            with _understood(folder), _quiet():
+            with _understood(folder), quiet():
                 return transformers.AutoTokenizer.from_pretrained(
                     folder, local_files_only=True, trust_remote_code=False
                 )
@@ -412,13 +415,15 @@ def _understood(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars while loading."""
+def quiet() -> Iterator[None]:
+    """No progress bars and no notices of libraries to their developers."""
     logging = require("transformers", extra="language").utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()

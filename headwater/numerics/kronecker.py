@@ -13,7 +13,9 @@ from torch import Tensor
 _BLOCK = 384  # below this side a whole product is as fast as its upper triangle
 
 
-def second_moment(x: Float[Tensor, "*lead rows dim"], weight: Float[Tensor, " rows"] | None = None) -> Tensor:
+def second_moment(
+    x: Float[Tensor, "*lead rows dim"], weight: Float[Tensor, " rows"] | None = None
+) -> Tensor:
     r"""$\sum_r w_r x_r x_r^\top$, multiplying blocks of the upper triangle only.
 
     Example:
@@ -36,7 +38,9 @@ def second_moment(x: Float[Tensor, "*lead rows dim"], weight: Float[Tensor, " ro
     return out
 
 
-def rotate(x: Float[Tensor, "*lead batch pos dim"], basis: Float[Tensor, "*lead dim dim"] | None) -> Tensor:
+def rotate(
+    x: Float[Tensor, "*lead batch pos dim"], basis: Float[Tensor, "*lead dim dim"] | None
+) -> Tensor:
     """Coordinates of x in an orthonormal basis (its columns); None is the identity."""
     if basis is None:
         return x
@@ -90,13 +94,17 @@ def squared_sum(
     return total
 
 
-def change_basis(x: Float[Tensor, "n *lead out in"], Q_A: Tensor | None, Q_G: Tensor | None) -> Tensor:
+def change_basis(
+    x: Float[Tensor, "n *lead out in"], Q_A: Tensor | None, Q_G: Tensor | None
+) -> Tensor:
     r"""$Q_G^\top X Q_A$: coordinates of matrices in a Kronecker eigenbasis; None is the identity."""
     x = x if Q_A is None else x @ Q_A
     return x if Q_G is None else Q_G.mT @ x
 
 
-def change_back(x: Float[Tensor, "n *lead out in"], Q_A: Tensor | None, Q_G: Tensor | None) -> Tensor:
+def change_back(
+    x: Float[Tensor, "n *lead out in"], Q_A: Tensor | None, Q_G: Tensor | None
+) -> Tensor:
     r"""$Q_G X Q_A^\top$: the inverse of `change_basis`."""
     x = x if Q_A is None else x @ Q_A.mT
     return x if Q_G is None else Q_G @ x

@@ -67,13 +67,15 @@ def conjugate_gradients(
         if not bool(open_.any()):
             break
         Ap = product(p)
-        alpha = torch.where(open_, rz / (p * Ap).sum(1).clamp(min=torch.finfo(b.dtype).tiny), 0.0)[
-            :, None
-        ]
+        bend = (p * Ap).sum(1)
+        moves = open_ & (bend > 0)  # rounding may leave no way down
+        if not bool(moves.any()):
+            break
+        alpha = torch.where(moves, rz / bend, 0.0)[:, None]
         x, r = x + alpha * p, r - alpha * Ap
         z = apply(r)
         following = (r * z).sum(1)
-        p = z + torch.where(open_, following / rz, 0.0)[:, None] * p
+        p = z + torch.where(moves, following / rz, 0.0)[:, None] * p
         rz = following
         done += 1
         if progress is not None:

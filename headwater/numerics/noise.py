@@ -31,10 +31,14 @@ def _mix(x: Tensor) -> Tensor:
 def keys(names: Iterable[str]) -> Int[Tensor, " example"]:
     """A 64-bit key for each name, the same on every machine."""
     digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
-    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64)
+    return torch.tensor(
+        [int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64
+    )
 
 
-def uniform(key: Int[Tensor, "*shape"], counter: Int[Tensor, "*shape"], seed: int) -> Float[Tensor, "*shape"]:
+def uniform(
+    key: Int[Tensor, "*shape"], counter: Int[Tensor, "*shape"], seed: int
+) -> Float[Tensor, "*shape"]:
     """Uniform numbers in (0, 1), float64, one for each (key, counter) under a seed.
 
     Example:
@@ -46,10 +50,12 @@ def uniform(key: Int[Tensor, "*shape"], counter: Int[Tensor, "*shape"], seed: in
     step = (_GOLDEN * (seed + 1) + (1 << 63)) % (1 << 64) - (1 << 63)  # wrapped to 64 bits
     x = _mix(key + step)
     x = _mix(x + _GOLDEN * (counter + 1))
-    return (_shift_right(x, 11).double() + 0.5) * 2.0**-53
+    return (_shift_right(x, 12).double() + 0.5) * 2.0**-52  # 52 bits: one more would round up to 1
 
 
-def normal(key: Int[Tensor, "*shape"], counter: Int[Tensor, "*shape"], seed: int) -> Float[Tensor, "*shape"]:
+def normal(
+    key: Int[Tensor, "*shape"], counter: Int[Tensor, "*shape"], seed: int
+) -> Float[Tensor, "*shape"]:
     """Standard normal numbers by the Box–Muller transform of two uniform ones."""
     radius = (-2 * uniform(key, 2 * counter, seed).log()).sqrt()
     return radius * (2 * math.pi * uniform(key, 2 * counter + 1, seed)).cos()

@@ -26,7 +26,9 @@ def eigh(
     matrix = matrix.double()
     matrix = (matrix + matrix.mT) / 2
     if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("A second moment holds NaN or infinity; look for a diverged model or a broken example.")
+        raise ValueError(
+            "A second moment holds NaN or infinity; look for a diverged model or a broken example."
+        )
     jitter = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * 1e-10
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     for attempt in (matrix, matrix + jitter * eye):
@@ -35,6 +37,8 @@ def eigh(
             return values.clamp(min=0), vectors
         except torch.linalg.LinAlgError:
             continue
-    warnings.warn("An eigendecomposition did not converge; singular vectors take its place.", stacklevel=2)
+    warnings.warn(
+        "An eigendecomposition did not converge; singular vectors take its place.", stacklevel=2
+    )
     vectors, values, _ = torch.linalg.svd(matrix)
     return values.flip(-1), vectors.flip(-1)

@@ -13,6 +13,7 @@ from headwater.core.evidence import Answer, Evidence, Influencer, SourceTotal
 from headwater.core.examples import Examples, to_device
 from headwater.core.fit import Fit
 from headwater.core.follow import evaluation_mode
+from headwater.core.provenance import papers, versions
 from headwater.core.scores import Scores
 from headwater.trace.influence import Influence
 
@@ -89,8 +90,21 @@ def explain(
         ]
         other = q + n_answers if contrast else None
         answers.append(_answer(fit, queries, scores, q, other, sides, measurement, source))
-    known = scores.facts | (facts or {}) | {"n_heldout": 0 if control is None else len(control)}
-    return Evidence(answers=tuple(answers), facts=known)
+    known = _readable(scores.facts) | {"n_heldout": 0 if control is None else len(control)}
+    return Evidence(answers=tuple(answers), facts=known | {"versions": versions()} | (facts or {}))
+
+
+def _readable(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of scores as a report shows them."""
+    damping, curvature = facts["damping"], facts["curvature"]
+    labels = {"mc": "labels drawn from the model", "exact": "all labels", "empirical": "given labels"}
+    how = labels.get(curvature.get("fisher", ""), "")
+    told = {
+        "papers": papers(facts),
+        "curvature": curvature["kind"] + (f", {how}" if how else ""),
+        "damping": f"{damping['value']:.3g} {damping['unit']}, {damping['source']}",
+    }
+    return facts | told
 
 
 def _influencer(fit: Fit, scores: Scores, q: int, i: int, parts: Tensor, loss: float) -> Influencer:

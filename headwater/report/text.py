@@ -234,9 +234,12 @@ def window(scores: Sequence[float], widths: Sequence[int], limit: int) -> tuple[
     return -best[1], best[2]
 
 
+_FOR_MACHINES = ("made_from", "options", "papers", "question")
+
+
 def facts(evidence: Evidence) -> list[tuple[str, str]]:
     """How the evidence came about: label and value of each fact, the known ones first."""
-    left = dict(evidence.facts)
+    left = {k: v for k, v in evidence.facts.items() if k not in _FOR_MACHINES}
     rows = []
     for name, label in _FACTS.items():
         if (value := left.pop(name, None)) is not None:

@@ -22,7 +22,7 @@ from headwater.core.scoring import Norms, PairScores
 from headwater.core.target import Loss
 from headwater.core.task import Measurement
 from headwater.trace.base import Attributor
-from headwater.trace.influence import query_gradients
+from headwater.trace.influence import measurement_name, query_gradients
 
 
 def cosine(
@@ -71,7 +71,7 @@ class _Similarity(Attributor):
             if weights is None
             else list(names or map(str, range(len(gradients)))),
             train_ids=fit.train.ids,
-            measurement=asked if isinstance(asked, str) else asked.__name__,
+            measurement=measurement_name(asked),
             metadata=fit.train.metadata,
             facts={
                 "method": type(self).__name__,

@@ -28,7 +28,7 @@ from headwater.core.fit import Fit
 from headwater.core.gauss_newton import GaussNewtonProduct
 from headwater.core.gradients import CollectGradients, Gradients
 from headwater.core.scores import Scores, significance
-from headwater.core.scoring import PairScores, SelfScores, TokenScores
+from headwater.core.scoring import PairScores, ReplicateScores, SelfScores, TokenScores
 from headwater.core.target import Loss, Measured
 from headwater.core.task import Measurement
 from headwater.numerics.linear_operator import conjugate_gradients
@@ -156,7 +156,7 @@ class Influence(Attributor):
             values=values.float(),
             query_ids=ids,
             train_ids=fit.train.ids,
-            measurement=_name(fit.task.measurement_of if measurement is None else measurement),
+            measurement=measurement_name(fit.task.measurement_of if measurement is None else measurement),
             low=low,
             high=high,
             significance=None if held is None else significance(values, held),
@@ -202,25 +202,12 @@ class Influence(Attributor):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Jackknife intervals of the strongest examples: the curvature with one fold left out each time."""
         k = min(self.n_intervals, values.shape[1])
-        replicates = fit.curvature.replicates() if k else ()
-        if not replicates or k == 0 or self.cg_steps:
+        if k == 0 or self.cg_steps or fit.curvature.n_replicates == 0:
             return None, None
         ends = torch.cat([values.topk(k).indices, values.topk(k, largest=False).indices], dim=1)
         chosen = ends.unique()
         some = fit.train.subset(chosen.tolist())
-        scores = torch.stack(
-            [
-                -inner_products(
-                    fit,
-                    replicate.prepare(gradients, Inverse(damping), len(some)),
-                    some,
-                    progress=progress,
-                    note="intervals",
-                ).finish()
-                / len(fit.train)
-                for replicate in replicates
-            ]
-        )
+        scores = -_replicate_scores(fit, gradients, Inverse(damping), some, progress) / len(fit.train)
         low, high = jackknife_interval(
             values[:, chosen], scores, confidence_level=self.confidence_level
         )
@@ -251,7 +238,7 @@ class Influence(Attributor):
         measurement: Measurement | None = None,
         weights: Float[Tensor, "group query"] | None = None,
         progress: Progress | None = None,
-    ) -> tuple[Float[Tensor, "query chosen pos"], Float[Tensor, "query chosen"]]:
+    ) -> tuple[Float[Tensor, "asked chosen pos"], Float[Tensor, "asked chosen"]]:
         """What each position of some training examples carries of their scores, and what no position carries.
 
         A position's part is the sum over layers of its own outer product with the preconditioned query; the parts of
@@ -304,8 +291,38 @@ class Influence(Attributor):
         return (own.finish() / n).float()  # type: ignore[attr-defined]
 
 
+def _replicate_scores(
+    fit: Fit, gradients: Gradients, function: Inverse, some: Examples, progress: Progress | None
+) -> Float[Tensor, "replicate query some"]:
+    """Inner products under the curvature with each fold left out in turn, in one sweep."""
+    replicates = fit.curvature.replicates()
+    if isinstance(fit.curvature, Layerwise):
+        spectra = {
+            name: [r.spectra()[name] for r in replicates] for name in fit.curvature.eigenvalues
+        }
+        factors = {
+            name: torch.stack([function(e, mean_of(e)) for e in each])
+            for name, each in spectra.items()
+        }
+        found = [ReplicateScores(gradients, fit.curvature.bases, factors, len(some))]
+    else:
+        found = [
+            PairScores(r.prepare(gradients, function, len(some)), len(some)) for r in replicates
+        ]
+    sweep(
+        fit.capture(),
+        some,
+        found,
+        Loss(),
+        batches=fit.batches(some),
+        progress=progress,
+        note="intervals",
+    )
+    return torch.cat([f.finish().reshape(-1, len(gradients), len(some)) for f in found])
+
+
 class _SelfThrough(Accumulator):
-    """Quadratic forms through `apply`, a batch at a time, for curvature that is not layerwise."""
+    """Quadratic forms of whole gradients, a batch at a time, for curvature that is not layerwise."""
 
     def __init__(self, curvature: Curvature, function: Inverse, n: int, capture: Capture):
         self.curvature, self.function, self.layers = curvature, function, capture.layers
@@ -318,13 +335,9 @@ class _SelfThrough(Accumulator):
     def end_batch(self, batch) -> None:
         self._batch.end_batch(batch)
         gradients, indices, _ = self._batch.finish()
-        for start in range(0, len(gradients), 64):  # whole matrices of 64 examples at a time
-            part = gradients[start : start + 64].dense()
-            applied = self.curvature.apply(part, self.function)
-            own = sum(
-                (part.blocks[n] * applied.blocks[n]).flatten(1).sum(1).double() for n in part.blocks
-            )
-            self.scores[indices[start : start + 64]] = own.cpu()  # type: ignore[union-attr]
+        for start in range(0, len(gradients), 64):  # `apply` may need whole matrices
+            own = self.curvature.quadratic(gradients[start : start + 64], self.function)
+            self.scores[indices[start : start + 64]] = own.cpu()
         self._batch = CollectGradients(self.layers.values())
 
     def merge(self, other: "_SelfThrough") -> None:
@@ -392,7 +405,8 @@ def refine(
     return shape.from_matrix(solution.x), facts
 
 
-def _name(measurement: Measurement) -> str:
-    return (
-        measurement if isinstance(measurement, str) else getattr(measurement, "__name__", "custom")
-    )
+def measurement_name(measurement: Measurement) -> str:
+    """What a result calls a measurement."""
+    if isinstance(measurement, str):
+        return measurement
+    return getattr(measurement, "__name__", "custom")

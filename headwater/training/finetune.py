@@ -23,7 +23,7 @@ from headwater.core.prediction import IGNORE
 from headwater.core.store import ArtifactMismatch, Checkpoint, FolderLock
 from headwater.core.task import CausalLM
 from headwater.extras import require
-from headwater.models.language import LanguageModel, load_language_model
+from headwater.models.language import LanguageModel, load_language_model, quiet
 from headwater.training.trajectory import FILE, Trajectory
 
 Progress = Callable[[int, int, str], None]
@@ -213,7 +213,7 @@ class _Run:
                 cost = saved_at - begun
             if self.progress is not None:
                 epoch = min(step // per_epoch, epochs - 1) + 1
-                self.progress(done, len(order), f"epoch {epoch}/{epochs}, {mean:.3f} nats a token")
+                self.progress(done, len(order), f"fine-tuning: epoch {epoch}/{epochs}, {mean:.2f} nats a token")
         broken = [name for name, p in parameters.items() if not torch.isfinite(p).all()]
         if broken:
             raise FloatingPointError(
@@ -366,7 +366,7 @@ def _trainable(model: nn.Module, options: dict[str, Any]) -> Any:
         fan_in_fan_out=type(linear[0][1]).__name__ == "Conv1D",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(options["seed"])
         return peft.get_peft_model(copy.deepcopy(model, shared), config).eval()
 

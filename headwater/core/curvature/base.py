@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import BatchPlan, Capture, Progress
 from headwater.core.examples import Examples
-from headwater.core.gradients import Block, Gradients, inner
+from headwater.core.gradients import Block, Gradients, dense, inner
 
 SpectralFunction = Callable[[Tensor, float], Tensor]
 
@@ -80,9 +81,22 @@ class Curvature(ABC):
         spectra = list(self.spectra().values())
         return sum(float(s.double().sum()) for s in spectra) / sum(s.numel() for s in spectra)
 
+    def quadratic(self, gradients: Gradients, function: SpectralFunction) -> Float[Tensor, " n"]:
+        """$g^\\top f(C)\\,g$ for each gradient."""
+        applied = self.apply(gradients, function)
+        return sum(
+            ((dense(block) * dense(applied.blocks[name])).flatten(1).sum(1).double())
+            for name, block in gradients.blocks.items()
+        )  # type: ignore[return-value]
+
     @abstractmethod
     def spectra(self) -> dict[str, Tensor]:
         """Eigenvalues of each independent part, by layer or as one whole."""
+
+    @property
+    def n_replicates(self) -> int:
+        """How many `replicates` there are."""
+        return 0
 
     def replicates(self) -> Sequence["Curvature"]:
         """The same curvature with one fold of the data left out each time; empty when folds are not kept."""

@@ -28,8 +28,9 @@ from headwater.core.curvature.base import (
     Preconditioned,
     SpectralFunction,
 )
+from headwater.core.curvature.moments import LostTrace
 from headwater.core.damping import Inverse
-from headwater.core.gradients import Block, CollectGradients, Factored, Gradients, inner
+from headwater.core.gradients import Block, CollectGradients, Factored, Gradients, combined, dense, inner
 from headwater.core.store import Checkpoint
 from headwater.core.target import Fisher, fisher_target
 from headwater.numerics import spectral
@@ -71,18 +72,10 @@ class _Combined(Preconditioned):
 
 
 def _combination(base: Gradients, f0: float, coefficients: Tensor, rows: Gradients) -> Gradients:
-    summed = {}
-    for name, block in rows.blocks.items():
-        own = base.blocks[name]
-        own = own.dense() if isinstance(own, Factored) else own
-        if isinstance(block, Factored) and block.pos == 1 and block.a.ndim == 3:
-            a, g, c = block.a.squeeze(1), block.g.squeeze(1), coefficients.to(block.a)
-            added = torch.stack([(g * weights[:, None]).mT @ a for weights in c])
-        else:
-            whole = block.dense() if isinstance(block, Factored) else block
-            added = torch.tensordot(coefficients.to(whole), whole, dims=1)
-        summed[name] = f0 * own + added
-    return Gradients(summed)
+    return Gradients({
+        name: combined(block, coefficients).add_(dense(base.blocks[name]), alpha=f0)
+        for name, block in rows.blocks.items()
+    })
 
 
 class DualCurvature(Curvature):
@@ -111,46 +104,54 @@ class DualCurvature(Curvature):
         self.gram = gram_matrix(rows) if gram is None else gram
         self.n_parameters = sum(_numel(block) for block in rows.blocks.values())
         self.facts = facts or {}
-        self._solved: dict[Any, tuple[Any, float, bool]] = {}
+        self._solved: tuple[SpectralFunction, tuple[Tensor, float, bool]] | None = None
 
     @property
     def mean_eigenvalue(self) -> float:
         return float(self.gram.diagonal().sum()) / self.n_examples / self.n_parameters
 
     def spectra(self) -> dict[str, Tensor]:
-        s = spectral.eigh(self.gram / self.n_examples)[0]
-        missing = self.n_parameters - len(s)
-        return {"all layers": torch.cat([s.new_zeros(max(missing, 0)), s])}
+        s = spectral.eigh(self.gram / self.n_examples)[0][-self.n_parameters :]
+        return {"all layers": torch.cat([s.new_zeros(self.n_parameters - len(s)), s])}
 
-    def _middle(self, function: SpectralFunction) -> tuple[Any, float, bool]:
+    def _middle(self, function: SpectralFunction) -> tuple[Tensor, float, bool]:
         """M and f(0), as a Cholesky factor where f is the damped inverse; kept for the next queries."""
-        key = function if isinstance(function, Inverse) else id(function)
-        if key not in self._solved:
-            mean, n = self.mean_eigenvalue, self.n_examples
-            if isinstance(function, Inverse):
-                rho = function.damping.absolute(mean)
-                system = self.gram.clone()
-                system.diagonal().add_(rho * n)
-                factor, info = torch.linalg.cholesky_ex(system)
-                if int(info) == 0:
-                    self.facts["condition"] = float(
-                        (factor.diagonal().max() / factor.diagonal().min()) ** 2
-                    )
-                    self._solved = {key: (factor, 1 / rho, True)}
-                    return self._solved[key]
-                warnings.warn(
-                    "The Gram matrix is not numerically positive; its eigenvalues are taken.",
-                    stacklevel=2,
-                )
-            self._solved = {key: (*gram_middle(self.gram, n, function, mean), False)}
-        return self._solved[key]
+        if self._solved is None or self._solved[0] != function:
+            self._solved = None  # frees the old one first
+            self._solved = function, self._solve(function)
+        return self._solved[1]
+
+    def _solve(self, function: SpectralFunction) -> tuple[Tensor, float, bool]:
+        mean, n = self.mean_eigenvalue, self.n_examples
+        if isinstance(function, Inverse):
+            rho = function.damping.absolute(mean)
+            system = self.gram.clone()
+            system.diagonal().add_(rho * n)
+            factor, info = torch.linalg.cholesky_ex(system)
+            if int(info) == 0:
+                ends = factor.diagonal().max() / factor.diagonal().min()
+                self.facts["condition"] = float(ends**2)
+                return factor, 1 / rho, True
+            warnings.warn(
+                "The Gram matrix plus damping is not numerically positive; its eigenvalues are taken instead. "
+                "Raise the damping, or fit the model in float64.",
+                stacklevel=2,
+            )
+        return *gram_middle(self.gram, n, function, mean), False
 
     def _coefficients(self, queries: Gradients, function: SpectralFunction) -> tuple[Tensor, float]:
         """M V q for each query (query, row), and f(0)."""
-        middle, f0, is_factor = self._middle(function)
         seen = self.rows.inner(queries).to(self.gram)
-        solved = torch.cholesky_solve(seen, middle) * -f0 if is_factor else middle @ seen
-        return solved.mT, f0
+        return self._times_middle(seen, function).mT, self._middle(function)[1]
+
+    def _times_middle(self, seen: Tensor, function: SpectralFunction) -> Tensor:
+        middle, f0, is_factor = self._middle(function)
+        return torch.cholesky_solve(seen, middle) * -f0 if is_factor else middle @ seen
+
+    def quadratic(self, gradients: Gradients, function: SpectralFunction) -> Tensor:
+        seen = self.rows.inner(gradients).to(self.gram)
+        own = (seen * self._times_middle(seen, function)).sum(0)
+        return own + self._middle(function)[1] * gradients.norms().square().to(own)
 
     def apply(self, gradients: Gradients, function: SpectralFunction) -> Gradients:
         coefficients, f0 = self._coefficients(gradients, function)
@@ -165,25 +166,24 @@ class DualCurvature(Curvature):
         terms: int | None = None,
     ) -> Preconditioned:
         coefficients, f0 = self._coefficients(queries, function)
+        n_queries, n_root = len(queries), len(self.rows)
         sides = sum(_sides(block) for block in self.rows.blocks.values())
-        summed_once = len(queries) * self.n_parameters < n_rows * sides
-        if summed_once or not all(
-            isinstance(b, Factored) and b.pos == 1 for b in self.rows.blocks.values()
-        ):
+        summed_once = n_queries * self.n_parameters * (n_root + n_rows)
+        if summed_once <= n_rows * n_root * (sides + n_queries):
             return Preconditioned(_combination(queries, f0, coefficients, self.rows))
         return _Combined(queries, f0, coefficients, self.rows)
 
+    @property
+    def n_replicates(self) -> int:
+        return len(self.n_folds) if len(self.n_folds) > 1 else 0
+
     def replicates(self) -> list["DualCurvature"]:
-        n_folds = len(self.n_folds)
-        if n_folds < 2:
-            return []
         found = []
-        for k in range(n_folds):
+        for k in range(self.n_replicates):
             keep = (self.folds != k).nonzero().squeeze(1)
-            n = self.n_folds[torch.arange(n_folds) != k]
-            found.append(
-                DualCurvature(self.rows[keep], self.folds[keep], n, gram=self.gram[keep][:, keep])
-            )
+            n = self.n_folds[torch.arange(len(self.n_folds)) != k]
+            gram = self.gram[keep][:, keep]
+            found.append(DualCurvature(self.rows[keep], self.folds[keep], n, gram=gram))
         return found
 
     def tensors(self) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ class DualCurvature(Curvature):
         return cls(Gradients(blocks), tensors["folds"], tensors["n_folds"], facts, tensors["gram"])
 
 
-def gram_matrix(rows: Gradients, memory: float | None = None) -> Float[Tensor, "row row"]:
+def gram_matrix(rows: Gradients) -> Float[Tensor, "row row"]:
     """Inner products of all pairs of rows, float64."""
     n = len(rows)
     total = torch.zeros(n, n, dtype=torch.float64)
@@ -218,13 +218,12 @@ def gram_matrix(rows: Gradients, memory: float | None = None) -> Float[Tensor, "
 
 
 def _numel(block: Block) -> int:
-    return block[:1].dense()[0].numel() if isinstance(block, Factored) else block[0].numel()
+    return dense(block[:1])[0].numel()
 
 
 def _sides(block: Block) -> int:
-    return (
-        block.a.shape[-1] + block.g.shape[-1] if isinstance(block, Factored) else block[0].numel()
-    )
+    """Multiplications that the inner product of two gradients takes."""
+    return (block.a.shape[-1] + block.g.shape[-1]) * block.pos**2 if isinstance(block, Factored) else block[0].numel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,11 +254,11 @@ class Dual(CurvatureMethod):
     def fit(self, context: FitContext) -> DualCurvature:
         target = fisher_target(self.fisher, draws=self.draws, cut=self.cut, seed=self.seed)
         collect = CollectGradients(context.capture.layers.values())
-        folder = context.folder
+        lost, folder = LostTrace(target), context.folder
         sweep(
             context.capture,
             context.examples,
-            [collect],
+            [collect, lost],
             target,
             batches=context.batches,
             checkpoint=None if folder is None else Checkpoint(folder / "rows"),
@@ -267,15 +266,14 @@ class Dual(CurvatureMethod):
             note="rows of the Gauss–Newton root",
             stop=lambda: self._refuse(collect),
         )
-        rows, indices, folds = collect.finish()
-        n_folds = torch.bincount(
-            context.examples.keys[indices.unique()] % self.folds, minlength=self.folds
-        )
+        rows, _, folds = collect.finish()
+        n_folds = torch.zeros(self.folds, dtype=torch.float64)
+        for plan in context.batches:
+            n_folds[plan.fold] += len(plan.indices)
         facts: dict[str, Any] = {"rows": len(rows)}
-        lost = getattr(target, "lost", None)
-        if lost:
-            facts["lost_trace"] = sum(x * n for x, n in lost) / sum(n for _, n in lost)
-        return DualCurvature(rows, folds, n_folds.double(), facts)
+        if lost.share is not None:
+            facts["lost_trace"] = lost.share
+        return DualCurvature(rows, folds, n_folds, facts)
 
     def _refuse(self, collect: CollectGradients) -> bool:
         if collect.n_rows > self.max_rows:

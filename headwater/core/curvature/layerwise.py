@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from headwater.core.capture import Accumulator, sweep
+from headwater.core.capture import sweep
 from headwater.core.curvature.base import (
     Curvature,
     CurvatureMethod,
@@ -20,12 +20,12 @@ from headwater.core.curvature.base import (
     Preconditioned,
     SpectralFunction,
 )
-from headwater.core.curvature.moments import Basis, EigenvalueSums, SecondMoments
+from headwater.core.curvature.moments import Basis, EigenvalueSums, LostTrace, SecondMoments
 from headwater.core.curvature.prepared import InEigenbasis, in_basis
 from headwater.core.damping import mean_of
 from headwater.core.gradients import Gradients, dense
 from headwater.core.store import Checkpoint
-from headwater.core.target import Fisher, Target, fisher_target
+from headwater.core.target import Fisher, fisher_target
 from headwater.numerics import kronecker, spectral
 
 
@@ -90,15 +90,17 @@ class Layerwise(Curvature):
     def spectra(self) -> dict[str, Tensor]:
         return self.eigenvalues
 
+    @property
+    def n_replicates(self) -> int:
+        return len(self.n_folds) if len(self.n_folds) > 1 else 0
+
     def replicates(self) -> list["Layerwise"]:
-        n_folds = len(self.n_folds)
-        if n_folds < 2:
-            return []
-        keep = [torch.arange(n_folds) != k for k in range(n_folds)]
-        return [
-            Layerwise(self.bases, {n: s[k] for n, s in self.sums.items()}, self.n_folds[k])
-            for k in keep
-        ]
+        found = []
+        for k in range(self.n_replicates):
+            keep = torch.arange(len(self.n_folds)) != k
+            sums = {name: s[keep] for name, s in self.sums.items()}
+            found.append(Layerwise(self.bases, sums, self.n_folds[keep]))
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         state = {"n_folds": self.n_folds}
@@ -149,26 +151,33 @@ class _Sampled(CurvatureMethod):
     tolerance: float | None = None
     seed: int = 0
 
-    def _pass(self, context: FitContext, accumulator: Any, *, stage: str, seed: int) -> Target:
+    def __post_init__(self):
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"tolerance must be positive; got {self.tolerance}. None uses all data.")
+        if self.draws < 1 or self.folds < 1:
+            raise ValueError(f"Expected draws and folds of 1 or more; got {self.draws} and {self.folds}.")
+
+    def _check_folds(self) -> None:
+        if self.tolerance is not None and self.folds < 2:
+            raise ValueError("A tolerance of the eigenvalues is measured on folds; pass folds=5, or no tolerance.")
+
+    def _pass(self, context: FitContext, accumulator: SecondMoments | EigenvalueSums, *, stage: str, seed: int) -> LostTrace:
         """One resumable sweep of the labels' gradients, stopped early where that is asked for."""
         target = fisher_target(self.fisher, draws=self.draws, cut=self.cut, seed=seed)
-        batches = list(context.batches)
-        stop = None
-        if (
-            self.tolerance is not None
-        ):  # batches are sorted by length: mix them, so that a part is like the whole
-            order = torch.randperm(
-                len(batches), generator=torch.Generator().manual_seed(seed)
-            ).tolist()
-            batches = [batches[i] for i in order]
+        batches, tolerance, stop = list(context.batches), self.tolerance, None
+        if tolerance is not None:
+            # batches are sorted by length: mix them, so that a part is like the whole
+            generator = torch.Generator().manual_seed(seed)
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
             def stop() -> bool:
-                return accumulator.relative_error() < self.tolerance
+                return accumulator.relative_error() < tolerance
 
+        lost = LostTrace(target)
         sweep(
             context.capture,
             context.examples,
-            [accumulator],
+            [accumulator, lost],
             target,
             batches=batches,
             checkpoint=None if context.folder is None else Checkpoint(context.folder / stage),
@@ -176,7 +185,7 @@ class _Sampled(CurvatureMethod):
             note=stage,
             stop=stop,
         )
-        return target
+        return lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,11 +195,12 @@ class Diagonal(_Sampled):
     kind: ClassVar[str] = "diagonal"
 
     def fit(self, context: FitContext) -> Layerwise:
+        self._check_folds()
         layers = list(context.capture.layers.values())
         bases: dict[str, Basis] = {layer.name: (None, None) for layer in layers}
         sums = EigenvalueSums(layers, bases, folds=self.folds)
-        target = self._pass(context, sums, stage="diagonal", seed=self.seed)
-        return Layerwise(bases, sums.finish(), sums.n_examples, _facts(target, eigenvalues=sums))
+        lost = self._pass(context, sums, stage="diagonal", seed=self.seed)
+        return Layerwise(bases, sums.finish(), sums.n_examples, _facts(lost, eigenvalues=sums))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +219,7 @@ class KFAC(_Sampled):
     max_factor: int = 8192
     folds: int = 1
 
-    def moments(self, context: FitContext) -> tuple[SecondMoments, Target]:
+    def moments(self, context: FitContext) -> tuple[SecondMoments, LostTrace]:
         """The factors, from one sweep."""
         layers = context.capture.layers.values()
         moments = SecondMoments(
@@ -221,7 +231,7 @@ class KFAC(_Sampled):
         return moments, self._pass(context, moments, stage="moments", seed=self.seed)
 
     def fit(self, context: FitContext) -> Layerwise:
-        moments, target = self.moments(context)
+        moments, lost = self.moments(context)
         values, bases = eigenbases(moments)
         sums = {}
         for name, layer in moments.layers.items():
@@ -231,7 +241,7 @@ class KFAC(_Sampled):
             eigenvalues = positions * D_G[..., :, None] * D_A[..., None, :]
             sums[name] = (moments.n_examples * eigenvalues)[None].to(moments.sums[f"G:{name}"])
         n = torch.tensor([moments.n_examples])
-        return Layerwise(bases, sums, n, _facts(target, moments=moments))
+        return Layerwise(bases, sums, n, _facts(lost, moments=moments))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,12 +253,13 @@ class EKFAC(KFAC):
     folds: int = 5
 
     def fit(self, context: FitContext) -> Layerwise:
+        self._check_folds()
         moments, _ = self.moments(context)
         _, bases = eigenbases(moments)
         sums = EigenvalueSums(context.capture.layers.values(), bases, folds=self.folds)
         # fresh labels, so that the eigenvalues are not fitted to the draws that chose the basis
-        target = self._pass(context, sums, stage="eigenvalues", seed=self.seed + 1)
-        facts = _facts(target, moments=moments, eigenvalues=sums)
+        lost = self._pass(context, sums, stage="eigenvalues", seed=self.seed + 1)
+        facts = _facts(lost, moments=moments, eigenvalues=sums)
         return Layerwise(bases, sums.finish(), sums.n_examples, facts)
 
 
@@ -257,7 +268,7 @@ def eigenbases(moments: SecondMoments) -> tuple[dict[str, Tensor], dict[str, Bas
     values: dict[str, Tensor] = {}
     vectors: dict[str, Tensor | None] = {}
     for name, moment in moments.finish().items():
-        if name in moments._spread:
+        if moments.is_full(name):
             values[name], basis = spectral.eigh(moment)
             vectors[name] = basis.to(moment)
         else:  # a long side keeps its diagonal: its basis is the identity
@@ -269,16 +280,14 @@ def eigenbases(moments: SecondMoments) -> tuple[dict[str, Tensor], dict[str, Bas
     return values, bases
 
 
-def _facts(target: Target, **accumulators: Accumulator) -> dict[str, Any]:
+def _facts(lost: LostTrace, **accumulators: SecondMoments | EigenvalueSums) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for name, accumulator in accumulators.items():
-        error = accumulator.relative_error()  # type: ignore[attr-defined]
+        error = accumulator.relative_error()
         facts[f"{name}_relative_error"] = error if error != float("inf") else None
-        n = accumulator.n_examples  # type: ignore[attr-defined]
-        facts[f"{name}_examples"] = float(n.sum() if isinstance(n, Tensor) else n)
-    lost = getattr(target, "lost", None)
-    if lost:
-        facts["lost_trace"] = sum(x * n for x, n in lost) / sum(n for _, n in lost)
+        facts[f"{name}_examples"] = float(torch.as_tensor(accumulator.n_examples).sum())
+    if lost.share is not None:
+        facts["lost_trace"] = lost.share
     return facts
 
 

@@ -80,7 +80,7 @@ class SecondMoments(Accumulator):
         moment = moment.to(torch.promote_types(moment.dtype, torch.float32))
         spread = _Spread.of(moment @ self._probes(moment) if full else moment[..., None], count)
         if name in self.sums:
-            self.sums[name] += moment
+            self.sums[name] = self.sums[name].to(moment.device).add_(moment)
             self._spread[name] += spread
         else:
             self.sums[name], self._spread[name] = moment, spread
@@ -112,7 +112,7 @@ class SecondMoments(Accumulator):
     def merge(self, other: "SecondMoments") -> None:
         for name, moment in other.sums.items():
             mine = name in self.sums
-            self.sums[name] = self.sums[name] + moment if mine else moment
+            self.sums[name] = self.sums[name] + moment if mine else moment.clone()
             self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
             self._spread[name] = self._spread[name] + other._spread[name] if mine else other._spread[name]
         self.n_examples += other.n_examples
@@ -146,7 +146,7 @@ class _Spread:
 
     @classmethod
     def of(cls, seen: Tensor, count: float) -> "_Spread":
-        seen = seen.double()
+        seen = seen.to(torch.float64, copy=True)  # a diagonal's is the sum itself, which goes on changing
         counts = torch.tensor([1.0, count, count**2], dtype=torch.float64)
         return cls(seen, seen.square().sum(), seen * count, counts)
 
@@ -162,7 +162,8 @@ class _Spread:
         return float((left.clamp(min=0) * n / (n - 1)).sqrt())
 
     def __add__(self, other: "_Spread") -> "_Spread":
-        return _Spread(*(getattr(self, f) + getattr(other, f) for f in ("total", "square", "cross", "counts")))
+        mine, others = self.tensors(), other.tensors()
+        return _Spread(*(mine[k].to(others[k].device) + others[k] for k in "tqxn"))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"t": self.total, "q": self.square, "x": self.cross, "n": self.counts}
@@ -217,6 +218,7 @@ class EigenvalueSums(Accumulator):
         if name not in self.sums:
             wide = torch.promote_types(square.dtype, torch.float32)
             self.sums[name] = square.new_zeros(self.folds, *square.shape, dtype=wide)
+        self.sums[name] = self.sums[name].to(square.device)
         self.sums[name][fold] += square
 
     def end_batch(self, batch: BatchInfo) -> None:
@@ -236,7 +238,7 @@ class EigenvalueSums(Accumulator):
 
     def merge(self, other: "EigenvalueSums") -> None:
         for name, sums in other.sums.items():
-            self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+            self.sums[name] = self.sums[name] + sums if name in self.sums else sums.clone()
         self.n_examples += other.n_examples
 
     def finish(self) -> dict[str, Tensor]:

@@ -15,17 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.curvature.base import Preconditioned
+from headwater.core.curvature.moments import Basis, SharedRotation
 from headwater.core.gradients import Block, Factored, Gradients, dense, inner
 from headwater.numerics import kronecker
 
-Basis = tuple[Tensor | None, Tensor | None]
-
-
-def in_basis(block: Block, basis: Basis) -> Block:
-    """Gradients in an eigenbasis, factored ones left factored."""
+def in_basis(block: Block, basis: Basis, shared: SharedRotation | None = None) -> Block:
+    """Gradients in an eigenbasis, factored ones left factored; `shared` keeps inputs that several layers read."""
     if isinstance(block, Factored):
         Q_A, Q_G = (None if q is None else q.to(block.a) for q in basis)
-        return Factored(kronecker.rotate(block.a, Q_A), kronecker.rotate(block.g, Q_G))
+        rotate = shared or kronecker.rotate
+        return Factored(rotate(block.a, Q_A), kronecker.rotate(block.g, Q_G))
     return kronecker.change_basis(block, *(None if q is None else q.to(block) for q in basis))
 
 
@@ -58,7 +57,6 @@ class InEigenbasis(Preconditioned):
     Args:
         rotated: Queries in the eigenbasis.
         bases: (Q_A, Q_G) of each layer.
-        groups: The input group of each layer, whose rotated inputs are shared.
         factors: f of the eigenvalues (out, in) of each layer.
         weights: The eigenvalues, which weigh the separable fit.
         terms: Terms of the separable form; None for the exact one.
@@ -72,7 +70,7 @@ class InEigenbasis(Preconditioned):
         weights: dict[str, Tensor],
         terms: int | None = None,
     ):
-        self.bases, self.n = bases, len(rotated)
+        self.bases, self.n, self._shared = bases, len(rotated), SharedRotation()
         self.blocks = {
             name: _separated(block, factors[name], weights[name], terms)
             if terms is not None and isinstance(block, Factored) and block.pos == 1
@@ -81,12 +79,15 @@ class InEigenbasis(Preconditioned):
         }
 
     def layer(self, name: str, block: Block) -> Tensor:
-        rotated, own = in_basis(block, self.bases[name]), self.blocks[name]
+        rotated, own = in_basis(block, self.bases[name], self._shared), self.blocks[name]
         if isinstance(own, list):
             if isinstance(rotated, Factored) and rotated.pos == 1:
                 return torch.stack([inner(term, rotated) for term in own]).sum(0)
             own = sum(term.dense() for term in own)
         return inner(own, rotated)
+
+    def finish_batch(self) -> None:
+        self._shared.clear()
 
     def dense(self) -> Gradients:
         found = {}

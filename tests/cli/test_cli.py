@@ -1,0 +1,221 @@
+"""The commands on a tiny model and files written here, as a person would run them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from headwater.cli import COMMANDS, main  # noqa: E402
+from headwater.core.evidence import Evidence  # noqa: E402
+from tests.language_cases import WORDS, saved  # noqa: E402
+
+TOPICS = ("rivers", "hills")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, training data and held-out data."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("cli")
+    saved(folder / "model")
+
+    def write(name: str, n: int, first: int) -> None:
+        words = list(WORDS)
+        lines = [
+            {
+                "id": f"{name}-{i}",
+                "text": " ".join(words[(first + i * k) % len(words)] for k in range(1, 5 + i % 4)),
+                "topic": TOPICS[i % 2],
+            }
+            for i in range(n)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    write("train", 12, 0)
+    write("heldout", 5, 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """A run folder with a finished fit."""
+    out = place / "run"
+    assert (
+        main(
+            ["fit", str(place / "model"), str(place / "train.jsonl"), "--out", str(out)]
+            + ["--heldout", str(place / "heldout.jsonl"), "--curvature", "ekfac", "--folds", "3"]
+        )
+        == 0
+    )
+    return out
+
+
+def ask(run, *words: str) -> int:
+    prompt = " ".join(list(WORDS)[:2])
+    return main(["trace", str(run), "--prompt", prompt, "--max-new-tokens", "3", *words])
+
+
+def test_a_trace_is_printed_and_kept_with_a_page(run, capsys):
+    assert ask(run, "--source", "topic", "--top", "3", "--name", "first") == 0
+    out = capsys.readouterr().out
+    assert "rivers" in out and "train-" in out
+    evidence = Evidence.load(run / "traces" / "first")
+    answer = evidence.answers[0]
+    assert answer.n_train == 12 and evidence.facts["n_heldout"] == 5
+    assert all(x.low <= x.score <= x.high for _, _, x in answer.ranked())
+    assert all(0 < x.significance <= 1 for _, _, x in answer.ranked())
+    # tokens and the layers without positions add up to the score; norms have no positions
+    assert all(len(x.token_scores) == len(x.tokens) for _, _, x in answer.ranked())
+    assert {s.name for s in answer.sources} == set(TOPICS)
+    assert sum(s.n for s in answer.sources) == 12
+    assert (run / "traces" / "first.html").read_text(encoding="utf-8").startswith("<!doctype html")
+
+
+def test_a_finished_trace_is_read_and_another_question_is_not(run, monkeypatch, capsys):
+    ask(run, "--name", "again")
+    from headwater.cli import trace
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(trace, "_trace", refuse)
+    assert ask(run, "--name", "again") == 0
+    with pytest.raises(AssertionError, match="computed again"):
+        ask(run, "--name", "again", "--top", "2")
+
+
+def test_a_contrast_is_the_difference_of_two_traces(run):
+    words = list(WORDS)
+    said, other = words[2], words[3]
+    ask(run, "--completion", said, "--name", "said", "--top", "12")
+    ask(run, "--completion", other, "--name", "other", "--top", "12")
+    ask(run, "--completion", said, "--rather-than", other, "--name", "why", "--top", "12")
+
+    def scores(name: str) -> dict[str, float]:
+        answer = Evidence.load(run / "traces" / name).answers[0]
+        return {x.example_id: x.score for _, _, x in answer.ranked()}
+
+    why, both = scores("why"), (scores("said"), scores("other"))
+    # float32 sums over layers in another order
+    assert all(abs(why[i] - (both[0][i] - both[1][i])) < 1e-4 for i in why)
+
+
+def test_json_is_for_machines(run, capsys):
+    capsys.readouterr()
+    assert ask(run, "--json", "--name", "machine") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["answers"][0]["n_train"] == 12
+
+
+def test_show_reads_what_is_kept(run, capsys):
+    ask(run, "--name", "kept")
+    capsys.readouterr()
+    assert main(["show", str(run), "--name", "kept"]) == 0
+    assert "train-" in capsys.readouterr().out
+    assert main(["show", str(run), "--name", "nothing"]) == 2
+    assert "there are" in capsys.readouterr().err
+
+
+def test_rerun_repeats_a_run_elsewhere(run, place, capsys):
+    ask(run, "--name", "kept")
+    again = place / "again"
+    assert main(["rerun", str(run), "--out", str(again)]) == 0
+    old, new = (Evidence.load(r / "traces" / "kept").answers[0] for r in (run, again))
+    assert [x.example_id for x in old.raised] == [x.example_id for x in new.raised]
+    assert [x.score for x in old.raised] == [x.score for x in new.raised]
+
+
+def test_cite_names_what_was_used(run, capsys):
+    ask(run, "--name", "cited")
+    capsys.readouterr()
+    assert main(["cite", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "george2018fast" in out and "koh2017understanding" in out
+
+
+def test_doctor_passes_a_healthy_model(place, capsys):
+    assert main(["doctor", str(place / "model"), str(place / "train.jsonl")]) == 0
+    assert "All is well" in capsys.readouterr().out
+
+
+def test_plan_says_what_a_fit_takes(place, capsys):
+    words = [str(place / "model"), str(place / "train.jsonl"), "--json"]
+    assert main(["plan", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["fit_seconds"] > 0
+
+
+def test_finetune_then_fit_follows_the_adapter(place, capsys):
+    model, train = str(place / "model"), str(place / "train.jsonl")
+    out = place / "tuned"
+    assert main(["finetune", model, train, "--out", str(out), "--epochs", "2", "--lora-rank", "2"]) == 0
+    assert main(["fit", str(out), train, "--out", str(place / "tuned-run"), "--curvature", "ekfac"]) == 0
+    assert "evidence of the trained parameters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit", "no/such/model", "{train}", "--out", "{out}"], "no/such/model"),
+        (["fit", "gpt2", "{train}", "--out", "{out}"], "does not download"),
+        (["fit", "{model}", "{missing}", "--out", "{out}"], "missing.jsonl"),
+        (["fit", "{model}", "{empty}", "--out", "{out}"], "empty"),
+        (["fit", "{model}", "{broken}", "--out", "{out}"], "broken.jsonl:2"),
+        (["fit", "{model}", "{train}", "--out", "{out}", "--text", "body"], "topic"),
+        (["fit", "{model}", "{train}", "--out", "{out}", "--layers", "nothing*"], "nothing*"),
+        (["trace", "{nowhere}", "--prompt", "a"], "headwater fit"),
+        (["trace", "{run}"], "--prompt"),
+        (["trace", "{run}", "--prompt", "a", "--name", "../up"], "plain name"),
+        (["trace", "{run}", "--prompt", "a", "--damping", "-1"], "positive"),
+        (["trace", "{run}", "--prompt", "a", "--completion", "b", "--completion", "c"], "1 prompts"),
+        (["show", "{nowhere}"], "run folder"),
+        (["nonsense"], "there is no command"),
+    ],
+)
+def test_mistakes_are_one_clear_line_and_exit_code_2(words, said, place, run, capsys):
+    (place / "empty.jsonl").write_text("")
+    (place / "broken.jsonl").write_text('{"text": "the river"}\n{"text": \n')
+    names = {"model", "empty", "broken", "train", "missing"}
+    paths = {n: place / (n if n == "model" else f"{n}.jsonl") for n in names}
+    filled = [w.format(**paths, out=place / "bad", run=run, nowhere=place / "nowhere") for w in words]
+    capsys.readouterr()
+    assert main(filled) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("headwater:")]) == 1
+
+
+def test_a_fit_of_another_model_is_refused_by_name(run, place, capsys):
+    from safetensors.torch import load_file, save_file
+
+    path = place / "model" / "model.safetensors"
+    weights = load_file(path)
+    kept = {k: v.clone() for k, v in weights.items()}
+    name = next(iter(weights))
+    try:
+        save_file({**weights, name: weights[name] + 1}, path, metadata={"format": "pt"})
+        assert ask(run, "--name", "other-model") == 2
+        assert "another model" in capsys.readouterr().err
+    finally:
+        save_file(kept, path, metadata={"format": "pt"})
+
+
+def test_help_is_quick_and_knows_every_command():
+    found = subprocess.run(
+        [sys.executable, "-c", "import sys; from headwater.cli import main; main(['--help']); "
+         "assert 'torch' not in sys.modules and 'tyro' not in sys.modules"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(name in found.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_explains_itself(name, capsys):
+    assert main([name, "--help"]) == 0
+    assert "Example:" in capsys.readouterr().out

@@ -1,0 +1,183 @@
+"""A fit is saved, recognised, refused, resumed; it knows its damping."""
+
+import pytest
+import torch
+from torch import nn
+
+from headwater.core import capture
+from headwater.core.curvature import EKFAC, KFAC, Dense, Diagonal, Dual, Identity
+from headwater.core.damping import Damping, evidence
+from headwater.core.examples import TensorExamples
+from headwater.core.fit import fit, load
+from headwater.core.store import ArtifactError, ArtifactMismatch
+from headwater.core.task import FunctionTask, Regression
+from tests.curvature_cases import case
+
+METHODS = [Identity(), Diagonal(), KFAC(), EKFAC(), Dual(), Dense()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.kind)
+@pytest.mark.parametrize("name", ["mlp", "lm"])
+def test_comes_back_from_its_folder(name, method, tmp_path):
+    found = case(name)
+    made = found.fit(method, folder=tmp_path / "fit", batch_size=7, weight_decay=0.1)
+    again = load(tmp_path / "fit", found.model, found.train, found.task)
+    assert again.followed == made.followed and again.facts == made.facts
+    assert (again.batch_size, again.batch_tokens) == (7, 4096)
+    assert again.curvature.facts == made.curvature.facts
+    mine, theirs = again.curvature.tensors(), made.curvature.tensors()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in theirs)
+    assert again.damping() == made.damping() == Damping(0.1, source="weight decay of the training run")
+
+
+def test_a_finished_fit_is_read_and_not_made_again(tmp_path):
+    found, passes = case("mlp"), []
+    options = {"folder": tmp_path / "fit", "progress": lambda *step: passes.append(step)}
+    first = found.fit(EKFAC(), **options)
+    n = len(passes)
+    again = found.fit(EKFAC(), **options)
+    assert n and len(passes) == n and again.facts["seconds"] == first.facts["seconds"]
+    found.fit(EKFAC(seed=1), **options)  # other options replace it
+    assert len(passes) > n
+    assert found.fit(EKFAC(seed=1), **options).facts["options"]["curvature"]["seed"] == 1
+
+
+def test_an_empty_folder_will_do(tmp_path):
+    assert case("mlp").fit(Identity(), folder=tmp_path).facts["options"]["curvature"]["kind"] == "identity"
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))  # nothing unfinished is left
+
+
+def test_another_model_task_or_other_data_are_refused_by_name(tmp_path):
+    found = case("mlp")
+    found.fit(Identity(), folder=tmp_path / "fit")
+    other = case("mlp", seed=1)
+    for model, data, task, named in (
+        (other.model, found.train, found.task, "another model"),
+        (found.model, other.train, found.task, "other data"),
+        (found.model, found.train, FunctionTask(predict_with=found.task.predict), "another task"),
+        (other.model, other.train, found.task, "another model.*and other data"),
+    ):
+        with pytest.raises(ArtifactMismatch, match=f"{named}.*choose another folder"):
+            fit(model, data, task, curvature=Identity(), folder=tmp_path / "fit")
+        with pytest.raises(ArtifactMismatch, match=named):
+            load(tmp_path / "fit", model, data, task)
+    with pytest.raises(ArtifactError):
+        load(tmp_path / "missing", found.model, found.train, found.task)
+
+
+class Killed(BaseException):
+    """Not an Exception, like the end of a process."""
+
+
+@pytest.mark.parametrize(
+    ("method", "stop"),
+    [
+        (EKFAC(fisher="exact", cut=0.2), 3),
+        (EKFAC(fisher="exact", cut=0.2), 9),  # in the second stage
+        (EKFAC(tolerance=0.01), 9),
+        (Diagonal(), 3),
+        (Dual(cut=0.2), 3),
+        (KFAC(), 5),
+    ],
+    ids=lambda x: x.kind if hasattr(x, "kind") else str(x),
+)
+def test_a_killed_fit_goes_on_to_the_same_bits(method, stop, tmp_path, monkeypatch):
+    found = case("mlp")
+    whole = found.fit(method, batch_size=3)
+    clock = iter(range(0, 10**9, 100))
+    monkeypatch.setattr(capture.time, "monotonic", lambda: next(clock))  # saves after every batch
+    seen = []
+
+    def kill(done, total, note):
+        seen.append((done, note))
+        if len(seen) == stop:
+            raise Killed
+
+    try:
+        found.fit(method, batch_size=3, folder=tmp_path / "fit", progress=kill)
+    except Killed:
+        resumed = []
+        made = found.fit(
+            method, batch_size=3, folder=tmp_path / "fit", progress=lambda *s: resumed.append(s)
+        )
+        assert resumed[0][0] == seen[-1][0] and resumed[0][2] == seen[-1][1]  # one batch is run again
+    else:
+        pytest.fail("the fit was to be killed")
+    mine, theirs = made.curvature.tensors(), whole.curvature.tensors()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in theirs)
+    assert made.curvature.facts == whole.curvature.facts
+    assert not (tmp_path / ".fit.unfinished").exists()
+
+
+def test_a_killed_fit_of_other_options_is_not_taken_up(tmp_path):
+    found = case("mlp")
+
+    def kill(done, total, note):
+        if note == "eigenvalues":
+            raise Killed
+
+    with pytest.raises(Killed):
+        found.fit(EKFAC(), folder=tmp_path / "fit", progress=kill)
+    notes = []
+    found.fit(EKFAC(seed=1), folder=tmp_path / "fit", progress=lambda d, t, note: notes.append(note))
+    assert "moments" in notes
+    notes.clear()
+    found.fit(EKFAC(draws=2), folder=tmp_path / "fit2")
+    with pytest.raises(Killed):
+        found.fit(EKFAC(), folder=tmp_path / "fit3", progress=kill)
+    found.fit(EKFAC(), folder=tmp_path / "fit3", progress=lambda d, t, note: notes.append(note))
+    assert set(notes) == {"eigenvalues"}  # the finished stage is not run again
+
+
+def test_the_damping_of_a_run():
+    found = case("mlp")
+    plain = found.fit(EKFAC(), weight_decay=0.02)
+    assert plain.damping() == plain.damping("weight_decay") == Damping(0.02, source="weight decay of the training run")
+    assert plain.damping(0.5) == Damping(0.5) and plain.damping("0.1 relative").unit == "relative"
+    mean = plain.curvature.mean_eigenvalue
+    assert plain.damping_ratio(Damping(0.3, "relative")) == pytest.approx(0.3)
+    assert plain.damping_ratio(Damping(0.3)) == pytest.approx(0.3 / mean)
+
+
+def test_adaptive_optimizers_and_unknown_runs_take_the_evidence():
+    found = case("mlp")
+    distance = sum(float(p.detach().square().sum()) for p in found.model.parameters())
+    adaptive = found.fit(EKFAC(), weight_decay=0.02, adaptive=True)
+    expected = evidence(adaptive.curvature.spectra().values(), n=18, distance=distance)
+    for fitted in (adaptive, found.fit(EKFAC())):
+        assert fitted.damping().value == pytest.approx(expected)
+        assert fitted.damping().source == "evidence of the trained parameters"
+    moved = found.fit(EKFAC(), distance=4 * distance)
+    assert moved.damping().value < expected
+    assert adaptive.damping("weight_decay").value == 0.02  # who asks for it gets it
+
+
+def test_a_weight_decay_that_is_not_recorded_is_an_error_with_a_remedy():
+    with pytest.raises(ValueError, match=r"not recorded; pass weight_decay=… to headwater.fit, or"):
+        case("mlp").fit(Identity()).damping("weight_decay")
+
+
+def test_auto_takes_the_dual_form_where_its_rows_fit():
+    assert case("mlp").fit("auto").curvature.kind == "dual"
+    assert case("lm").fit("auto").facts["options"]["curvature"]["kind"] == "ekfac"
+    with pytest.raises(ValueError, match="among identity, diagonal.*or 'auto'; got 'best'"):
+        case("mlp").fit("best")
+
+
+def test_a_mean_over_the_batch_is_refused():
+    found = case("mlp")
+    mean = FunctionTask(loss_with=lambda m, b: found.task.loss(m, b).mean().expand(len(b[0])))
+    with pytest.raises(ValueError, match="mean over the batch"):
+        fit(found.model, found.train, mean)
+
+
+def test_says_what_it_is():
+    text = repr(case("mlp").fit(EKFAC()))
+    assert "ekfac curvature of Sequential, 2 layers, 53 parameters = 100.0 %" in text and "18 training" in text
+
+
+def test_one_output_regression_and_skipped_layers():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    train = TensorExamples(torch.randn(6, 3).double(), torch.randn(6).double())
+    fitted = fit(model, train, Regression(), skip=["0"])
+    assert [layer.name for layer in fitted.followed] == ["1"] and fitted.n_rows == 6

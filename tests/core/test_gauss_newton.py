@@ -1,0 +1,57 @@
+"""Products with the exact Gauss–Newton matrix equal those of the dense matrix."""
+
+import pytest
+import torch
+
+from headwater.core.gauss_newton import GaussNewtonProduct, parameters_of
+from headwater.core.gradients import Gradients
+from tests.curvature_cases import EVERY, case, dense_gauss_newton, loss_gradients
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_equals_the_dense_matrix_times_vectors(name):
+    found = case(name)
+    fitted = found.fit("identity")
+    x = Gradients({layer.name: torch.randn(5, *layer.block).double() for layer in fitted.followed})
+    expected = x.to_matrix() @ dense_gauss_newton(fitted)
+    for batch_size, at_once in ((2, 16), (100, 2)):
+        again = found.fit("identity", batch_size=batch_size)
+        product = GaussNewtonProduct(
+            again.capture(), found.train, again.batches(found.train), at_once=at_once
+        )
+        torch.testing.assert_close(product(x).to_matrix(), expected, rtol=1e-9, atol=1e-11)
+        assert list(product(x).blocks) == list(x.blocks)
+
+
+def test_leaves_the_model_as_it_was():
+    found = case("lm")
+    found.model.train()
+    before = {n: p.clone() for n, p in found.model.named_parameters()}
+    fitted = found.fit("identity")
+    x = Gradients({layer.name: torch.randn(1, *layer.block).double() for layer in fitted.followed})
+    GaussNewtonProduct(fitted.capture(), found.train, fitted.batches(found.train))(x)
+    assert found.model.training and found.model.q.training
+    for name, p in found.model.named_parameters():
+        assert torch.equal(p, before[name]) and p.requires_grad and p.grad is None
+
+
+def test_only_the_followed_parameters_take_part():
+    found = case("mlp")
+    some = found.fit("identity", layers="2")
+    every = found.fit("identity")
+    x = Gradients({"2": torch.randn(2, 3, 6).double()})
+    product = GaussNewtonProduct(some.capture(), found.train, some.batches(found.train))
+    block = dense_gauss_newton(every)[35:, 35:]  # behind the 5 × 7 of the first layer
+    torch.testing.assert_close(product(x).to_matrix(), x.to_matrix() @ block)
+
+
+def test_gradients_of_layers_become_those_of_parameters():
+    found = case("conv")
+    fitted = found.fit("identity")
+    layers = list(fitted.followed)
+    rows = loss_gradients(fitted)[:1]
+    shape = Gradients({layer.name: torch.zeros(1, *layer.block).double() for layer in layers})
+    mapped = parameters_of(shape.from_matrix(rows), layers)
+    found.task.loss(found.model, found.train.batch([0])).sum().backward()
+    for name, p in found.model.named_parameters():
+        torch.testing.assert_close(mapped[name][0], p.grad)
