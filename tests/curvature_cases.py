@@ -1,7 +1,9 @@
 """Tiny models with data, and the slow truth about them: gradients by plain autograd, dense matrices."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,9 +57,14 @@ class TinyLM(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x = self.embed(input_ids)
         y = self.norm(x)
-        seen = torch.ones(2 * (x.shape[1],), dtype=torch.bool).tril() & attention_mask[:, None].bool()
+        seen = (
+            torch.ones(2 * (x.shape[1],), dtype=torch.bool).tril() & attention_mask[:, None].bool()
+        )
         x = x + nn.functional.scaled_dot_product_attention(
-            self.q(y), self.k(y), self.v(y), attn_mask=seen | torch.eye(x.shape[1], dtype=torch.bool)
+            self.q(y),
+            self.k(y),
+            self.v(y),
+            attn_mask=seen | torch.eye(x.shape[1], dtype=torch.bool),
         )
         return self.head(self.up(x).tanh())
 
@@ -67,7 +74,7 @@ class Pooled(nn.Module):
 
     def __init__(self, sides: Sequence[int], *, linear: bool = False, pool: bool = True):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sides, sides[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sides))
         self.linear, self.pool = linear, pool
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,9 +104,16 @@ class Case:
     task: Task
     train: Examples
     query: Examples
+    fits: dict[Any, Fit] = field(default_factory=dict)
 
     def fit(self, curvature: Any, **options: Any) -> Fit:
         return fit(self.model, self.train, self.task, curvature=curvature, **options)
+
+    def fitted(self, curvature: Any) -> Fit:
+        """A fit that is made once; for models that stay as they are."""
+        if curvature not in self.fits:
+            self.fits[curvature] = self.fit(curvature)
+        return self.fits[curvature]
 
 
 def position_regression(n_out: int) -> FunctionTask:
@@ -112,7 +126,9 @@ def position_regression(n_out: int) -> FunctionTask:
     return FunctionTask(predict_with=predict, label=f"positions{n_out}")
 
 
-def _classes(model: nn.Module, *shape: int, n: int = 18, n_query: int = 4, n_classes: int = 3) -> Case:
+def _classes(
+    model: nn.Module, *shape: int, n: int = 18, n_query: int = 4, n_classes: int = 3
+) -> Case:
     x, y = torch.randn(n + n_query, *shape).double(), torch.randint(n_classes, (n + n_query,))
     return Case(
         model.double(), Classification(), TensorExamples(x[:n], y[:n]), TensorExamples(x[n:], y[n:])
@@ -138,11 +154,19 @@ def case(name: str, seed: int = 0) -> Case:
         x = torch.randn(24, 4).double()
         y = x @ torch.randn(4, 2).double() + torch.randn(24, 2).double()
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
-        return Case(model, Regression(), TensorExamples(x[:20], y[:20]), TensorExamples(x[20:], y[20:]))
+        return Case(
+            model, Regression(), TensorExamples(x[:20], y[:20]), TensorExamples(x[20:], y[20:])
+        )
     if name == "lm":
         sequences = [torch.randint(7, (n,)).tolist() for n in (4, 3, 5, 2, 5, 3)]
         return Case(TinyLM().double(), CausalLM(), Tokens(sequences[:4]), Tokens(sequences[4:]))
     raise ValueError(name)
+
+
+@cache
+def shared(name: str) -> Case:
+    """A case that all tests share, as long as they leave its model alone."""
+    return case(name)
 
 
 CLASSIFIERS = ("mlp", "positions", "short positions", "conv", "norm")
@@ -158,7 +182,9 @@ def autograd_rows(
     for i in range(len(examples)):
         names = [n for layer in fitted.followed for n in layer.parameters]
         grads = torch.autograd.grad(
-            value(fitted.model, examples.batch([i])).sum(), [named[n] for n in names], allow_unused=True
+            value(fitted.model, examples.batch([i])).sum(),
+            [named[n] for n in names],
+            allow_unused=True,
         )
         each = {
             n: (torch.zeros_like(named[n]) if g is None else g)[None]
@@ -245,7 +271,15 @@ def block_matrices(fitted: Fit) -> dict[str, Tensor]:
 
 def layer_of(name: str, out: int, in_: int, groups: int = 1, group: str | None = None) -> Layer:
     """A layer without a model."""
-    return Layer(name, (Use(name, "linear"),), (groups, out, in_), (name,), ((out, in_),), "linear", group or name)
+    return Layer(
+        name,
+        (Use(name, "linear"),),
+        (groups, out, in_),
+        (name,),
+        ((out, in_),),
+        "linear",
+        group or name,
+    )
 
 
 def random_rows(

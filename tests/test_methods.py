@@ -68,7 +68,9 @@ def test_gives_scores_and_repeats_itself(method, name):
     fit, queries = fitted(name)
     scores, again = (method().attribute(fit, queries) for _ in range(2))
     assert isinstance(scores, Scores) and scores.values.dtype == torch.float32
-    assert scores.values.shape == (len(queries), len(fit.train)) and bool(scores.values.isfinite().all())
+    assert scores.values.shape == (len(queries), len(fit.train)) and bool(
+        scores.values.isfinite().all()
+    )
     assert torch.equal(scores.values, again.values)
     assert scores.train_ids == fit.train.ids and scores.query_ids == queries.ids
     assert not any(p.grad is not None for p in fit.model.parameters())

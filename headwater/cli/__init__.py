@@ -4,6 +4,7 @@ Commands load on first use, so that `headwater --help` answers at once: nothing 
 this package.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(COMMANDS)}."
         print(f"headwater: there is no command {words[0]!r}{hint}", file=sys.stderr)
         return 2
+    # Idle threads of PyTorch sleep: on a busy machine small steps are many times faster. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from headwater.cli.common import guarded
 
     return guarded(lambda: import_module(f"headwater.cli.{words[0]}").run(words[1:]))

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 
@@ -115,7 +114,8 @@ def parse_damping(text: str | float | Damping) -> Damping | str:
         return Damping(float(words[0]), unit)
     except (IndexError, ValueError) as error:
         raise ValueError(
-            f"Expected a damping such as 0.01, '0.1 relative', 'weight_decay', 'horizon', 'evidence' or 'auto'; got {text!r} ({error})."
+            "Expected a damping such as 0.01, '0.1 relative', 'weight_decay', 'horizon', 'evidence' or 'auto'; "
+            f"got {text!r} ({error})."
         ) from None
 
 

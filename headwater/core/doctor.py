@@ -22,7 +22,7 @@ from headwater.core.capture import (
 )
 from headwater.core.cost import available_memory_bytes, positions, spread
 from headwater.core.examples import Examples, as_examples, take, to_device
-from headwater.core.follow import Followed, LeftOut, follow
+from headwater.core.follow import Followed, LeftOut, coarsest_dtype, follow
 from headwater.core.gradients import Block, Factored, dense
 from headwater.core.layers import FUNCTIONAL, Layer
 from headwater.core.prediction import IGNORE
@@ -157,7 +157,7 @@ def check_loss(model: nn.Module, task: Task, batch: Any) -> Tensor:
             )
         singles = [task.loss(model, take(batch, torch.tensor([i]))) for i in range(len(losses))]
         alone = torch.cat(singles)
-    if not _close(losses, alone):
+    if not _close(losses, alone, coarsest_dtype(model)):
         raise ValueError(
             "An example's loss depends on the batch it stands in: up to "
             f"{_gap(losses, alone):.3g} nats between a batch of {len(losses)} and single examples. "
@@ -218,8 +218,9 @@ def examine(
         return Diagnosis((*checks, Check("gradients", "warn", detail)), facts=facts)
     try:
         followed = follow(model, task, exam.batch, layers=layers, skip=skip)
-    except ValueError as error:
-        return Diagnosis((*checks, Check("coverage", "fail", str(error))), facts=facts)
+    except Exception as error:  # whatever a user's model raises is the finding
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return Diagnosis((*checks, Check("coverage", "fail", said)), facts=facts)
     checks += [_coverage(model, followed), *_sharing(followed)]
     compared = exam.compare(followed)
     checks += compared.checks()
@@ -266,8 +267,7 @@ class _Exam:
     ):
         self.model, self.task, self.examples, self.indices = model, task, examples, indices
         self.progress = progress
-        first = next(model.parameters())
-        self.dtype, self.device = first.dtype, first.device
+        self.dtype, self.device = coarsest_dtype(model), next(model.parameters()).device
         self.tolerance = _GRADIENT.get(self.dtype, _COARSE) if tolerance is None else tolerance
         self.batch = to_device(examples.batch(indices), self.device)
         self.singles = [to_device(examples.batch([i]), self.device) for i in indices]
@@ -330,7 +330,7 @@ class _Exam:
         )
 
     def _batching(self, losses: Tensor, alone: Tensor) -> Check:
-        if _close(losses, alone):
+        if _close(losses, alone, self.dtype):
             return Check("batching", "ok", "a batch's losses are those of its examples alone")
         ratio = losses / alone
         if bool(((ratio - ratio.mean()).abs() < 1e-3 * ratio.mean().abs()).all()):
@@ -359,7 +359,7 @@ class _Exam:
             return
         alone = self._loss(self.singles[at])
         remedy = "Pass attention_mask to every layer that mixes positions, and pad on the right."
-        if not _close(wide, alone):
+        if not _close(wide, alone, self.dtype):
             gap = _gap(wide, alone)
             detail = f"{_PAD} more masked positions change a loss by {gap:.3g} nats"
             yield Check("padding", "fail", detail, remedy)
@@ -368,7 +368,7 @@ class _Exam:
         if "input_ids" not in padded:
             return
         other = self._loss(_relettered(padded))
-        if _close(other, wide):
+        if _close(other, wide, self.dtype):
             yield Check("mask", "ok", "tokens under the mask do not matter")
         else:
             gap = _gap(other, wide)
@@ -853,8 +853,8 @@ def _doubled(batch: Any) -> Any:
     return batch
 
 
-def _close(x: Tensor, y: Tensor) -> bool:
-    rtol = _LOSS.get(x.dtype, _COARSE)
+def _close(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    rtol = _LOSS.get(dtype, _COARSE)
     return torch.allclose(x, y.to(x), rtol=rtol, atol=rtol)
 
 

@@ -28,7 +28,14 @@ from headwater.core.examples import Examples, as_examples, to_device
 from headwater.core.fingerprint import fingerprint_json, fingerprint_model
 from headwater.core.follow import Followed, follow
 from headwater.core.layers import Layer, Use
-from headwater.core.store import Artifact, ArtifactMismatch, ArtifactMissing, ArtifactWriter, Checkpoint, FolderLock
+from headwater.core.store import (
+    Artifact,
+    ArtifactMismatch,
+    ArtifactMissing,
+    ArtifactWriter,
+    Checkpoint,
+    FolderLock,
+)
 from headwater.core.task import Task
 
 
@@ -350,7 +357,9 @@ def _finished(place: Path, made_from: dict[str, str], options: dict[str, Any]) -
     except ArtifactMismatch as error:
         raise ArtifactMismatch(f"{error} To fit what is at hand, choose another folder.") from None
     saved = artifact.facts["fit"]
-    known = saved["options"] | {k: saved.get(k) for k in ("weight_decay", "adaptive", "distance", "horizon")}
+    known = saved["options"] | {
+        k: saved.get(k) for k in ("weight_decay", "adaptive", "distance", "horizon")
+    }
     return fingerprint_json(known) == fingerprint_json(options)
 
 

@@ -71,7 +71,10 @@ class GaussNewtonProduct:
             for s in range(0, len(gradients), self.at_once)
         ]
         return Gradients(
-            {name: torch.cat([part.blocks[name] for part in parts]) for name in gradients.blocks}
+            {
+                name: torch.cat([dense(part.blocks[name]) for part in parts])
+                for name in gradients.blocks
+            }
         )
 
     def _chunk(self, gradients: Gradients) -> Gradients:
@@ -92,10 +95,10 @@ class GaussNewtonProduct:
         def outputs(parameters: dict[str, Tensor]) -> Tensor:
             return functional_call(self._module, parameters, (batch,))
 
-        _, pull = vjp(outputs, self._parameters)
+        pull = vjp(outputs, self._parameters)[1]
 
         def one(tangent: dict[str, Tensor]) -> dict[str, Tensor]:
-            _, change = jvp(outputs, (self._parameters,), (tangent,))
+            change = jvp(outputs, (self._parameters,), (tangent,))[1]
             return pull(prediction.hessian_product(change).to(change))[0]
 
         return vmap(one)({f"model.{n}": t for n, t in tangents.items()})

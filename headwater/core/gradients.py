@@ -303,10 +303,7 @@ def _joined(parts: list[Block]) -> Block:
     pos = max(p.pos for p in factored)
     a, g = (
         torch.cat(
-            [
-                pad(getattr(p, side).to(parts[-1].device), (0, 0, 0, pos - p.pos))
-                for p in factored
-            ],
+            [pad(getattr(p, side).to(parts[-1].device), (0, 0, 0, pos - p.pos)) for p in factored],
             dim=-3,
         )
         for side in "ag"

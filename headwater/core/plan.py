@@ -46,7 +46,7 @@ from headwater.core.fingerprint import fingerprint_model
 from headwater.core.follow import follow
 from headwater.core.gradients import CollectGradients, Gradients
 from headwater.core.prediction import Categorical, Gaussian
-from headwater.core.scoring import PairScores
+from headwater.core.scoring import PairScores, ReplicateScores
 from headwater.core.store import ArtifactWriter
 from headwater.core.target import Loss, Measured, fisher_target
 from headwater.core.task import Task
@@ -476,7 +476,7 @@ class _Needs:
             ]
         spectrum = b * (self.spectrum + p)
         kept = self.method.folds if self.method.folds > 1 else 0
-        copies = b * kept * self.method.folds * p  # its sums of folds, and its eigenvalues
+        copies = b * kept * (self.method.folds + 1) * p  # sums, eigenvalues, and f of them
         return [
             batch | {"factors": 3 * b * self.factors},
             batch | {"factors": 2 * b * self.factors, "eigenvalues": spectrum},
@@ -752,30 +752,38 @@ class _Work:
             Stage("scores", "trace", seconds_scores),
         ]
         if self.method.folds > 1:
-            each = self._replicate(curvature, found[0], more_queries)
-            stages.append(Stage("intervals", "trace", self.method.folds * (each + 0.5 * solve)))
+            seconds = self._replicates(curvature, found[0], more_queries)
+            stages.append(Stage("intervals", "trace", seconds + 0.5 * self.method.folds * solve))
         return stages
 
-    def _replicate(self, curvature: Curvature, asked: Gradients, more_queries: float) -> float:
-        """Seconds of scoring the strongest examples under one of the folds' curvatures."""
+    def _replicates(self, curvature: Curvature, asked: Gradients, more_queries: float) -> float:
+        """Seconds of scoring the strongest examples under the curvature of all folds but one, each in turn."""
         n, examples = len(self.examples), self.examples
         # queries that choose at random would name so many different examples
         n_chosen = max(1, round(n * (1 - (1 - min(1.0, 2 * _INTERVALS / n)) ** self.n_queries)))
         chosen = examples.subset(spread(n)[:n_chosen])
-        clock = _Clock(self.capture, chosen, self._batches(chosen))
-        clock.limit = self.clock.limit
-        prepared: list[Preconditioned] = []
+        function, prepared = Inverse(Damping(1.0)), []
 
         def prepare() -> None:
-            prepared.append(curvature.prepare(asked, Inverse(Damping(1.0)), n_chosen))
+            replicates = curvature.replicates()
+            if isinstance(curvature, Layerwise):
+                spectra = [r.spectra() for r in replicates]
+                factors = {
+                    name: torch.stack([function(s[name], 1.0) for s in spectra])
+                    for name in curvature.bases
+                }
+                prepared[:] = [ReplicateScores(asked, curvature.bases, factors, n_chosen)]
+            else:
+                made = [r.prepare(asked, function, n_chosen) for r in replicates]
+                prepared[:] = [PairScores(m, n_chosen) for m in made]
 
         def score(batches: list[BatchPlan]) -> None:
-            pairs = PairScores(prepared[-1], n_chosen)
-            sweep(self.capture, chosen, [pairs], Loss(), batches=batches)
+            sweep(self.capture, chosen, prepared, Loss(), batches=batches)
 
-        prepare()  # warms up
-        growth = more_queries * self._larger(curvature)
-        return (self.clock.once(prepare) + clock.all_data(score)) * growth
+        seconds = self.clock.once(prepare)
+        clock = _Clock(self.capture, chosen, self._batches(chosen))
+        clock.limit = self.clock.limit
+        return (seconds + clock.all_data(score)) * more_queries * self._larger(curvature)
 
     def _batches(self, examples: Examples) -> list[BatchPlan]:
         size, tokens = self.clock.batch_size, self.clock.batch_tokens

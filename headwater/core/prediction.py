@@ -22,14 +22,23 @@ class LabelRows:
     r"""Square-root rows of the Fisher information of a batch's predictions.
 
     Row r is one label of one position of one example; with $v_r = \sqrt{w_r}\,\nabla\ell_r$ the rows give
-    $\sum_r v_r v_r^\top$, the Fisher information of the batch, less the share `lost`.
+    $\sum_r v_r v_r^\top$, the Fisher information of the batch, but for what was dropped.
+
+    Attributes:
+        example: Its example (row).
+        position: Its position (row).
+        label: Its label (row).
+        weight: $w_r$ (row).
+        trace: Trace of the whole Fisher information in the outputs.
+        lost: Share of that trace that was dropped.
     """
 
     example: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
     label: Int[Tensor, " row"]
     weight: Float[Tensor, " row"]
-    lost: float
+    trace: float = 0.0
+    lost: float = 0.0
 
 
 class Prediction(ABC):
@@ -130,16 +139,14 @@ class Categorical(Prediction):
 
     def rows(self, cut: float) -> LabelRows:
         with torch.no_grad():
-            probabilities = _float32(self.logits).softmax(dim=-1) * self.mask[..., None]
-            example, position, label = ((probabilities >= cut) & self.mask[..., None]).nonzero(
-                as_tuple=True
-            )
-            weight = probabilities[example, position, label]
-            # trace of diag(p) - ppᵀ lost with the dropped labels, each worth p(1 - p) at least
-            total = (probabilities * (1 - probabilities)).sum()
-            kept = (weight * (1 - weight)).sum()
-            lost = float((1 - kept / total).clamp(min=0)) if total > 0 else 0.0
-            return LabelRows(example, position, label, weight, lost)
+            p = _float32(self.logits).softmax(dim=-1) * self.mask[..., None]
+            kept = (p >= cut) & self.mask[..., None]
+            # p_y |∇ℓ_y|² = p_y |p - e_y|², which sums to Σ_y p_y (1 - p_y)
+            each = p * (1 - 2 * p + p.square().sum(dim=-1, keepdim=True))
+            trace, dropped = float(each.sum()), float((each * ~kept).sum())
+            example, position, label = kept.nonzero(as_tuple=True)
+            lost = dropped / trace if trace > 0 else 0.0
+            return LabelRows(example, position, label, p[kept], trace, lost)
 
     def row_value(self, position: Tensor, label: Tensor) -> Float[Tensor, " batch"]:
         labels = torch.full_like(self.labels, IGNORE)
@@ -183,9 +190,8 @@ class Gaussian(Prediction):
     def rows(self, cut: float) -> LabelRows:
         every = self.mask[..., None].expand_as(self.mean)
         example, position, label = every.nonzero(as_tuple=True)
-        return LabelRows(
-            example, position, label, torch.ones_like(example, dtype=self.mean.dtype), 0.0
-        )
+        weight = torch.ones_like(example, dtype=self.mean.dtype)
+        return LabelRows(example, position, label, weight, float(len(example)))
 
     def row_value(self, position: Tensor, label: Tensor) -> Float[Tensor, " batch"]:
         flat = position * self.mean.shape[-1] + label

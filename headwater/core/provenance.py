@@ -1,6 +1,7 @@
 """Where results come from: versions of what made them, and the papers to cite."""
 
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -61,6 +62,11 @@ _OF_CURVATURE = {
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
+    return dict(_versions())
+
+
+@cache  # reading package metadata takes as long as a small fit
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("headwater", "torch", "numpy", "transformers", "peft"):
         try:

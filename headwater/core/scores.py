@@ -89,7 +89,12 @@ class Scores:
         Needs the extra `tabular`.
         """
         pandas = require("pandas", extra="tabular")
-        rows, ends = [], [] if top is None else list(zip(self.top(top), self.top(top, lowest=True), strict=True))
+        rows, ends = (
+            [],
+            []
+            if top is None
+            else list(zip(self.top(top), self.top(top, lowest=True), strict=True)),
+        )
         for q, query in enumerate(self.query_ids):
             chosen: Sequence[int] = range(self.values.shape[1])
             if top is not None:
@@ -168,7 +173,9 @@ class Scores:
         most, least = self.top(3), self.top(3, lowest=True)
         for row, name in enumerate(self.query_ids[:5]):
             raised, lowered = (
-                ", ".join(f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in end[row])
+                ", ".join(
+                    f"{self.train_ids[i]} {float(self.values[row, i]):+.3g}" for i in end[row]
+                )
                 for end in (most, least)
             )
             lines.append(f"  {name}: raised by {raised}; lowered by {lowered}")

@@ -174,7 +174,9 @@ class SelfScores(Accumulator):
             step = max(1, _CHUNK // rows.layer.numel)
             part = torch.cat(
                 [
-                    _weighted_squares(a[..., s : s + step, :, :], g[..., s : s + step, :, :], Q_A, Q_G, factor)
+                    _weighted_squares(
+                        a[..., s : s + step, :, :], g[..., s : s + step, :, :], Q_A, Q_G, factor
+                    )
                     for s in range(0, a.shape[-3], step)
                 ],
                 dim=-1,
@@ -198,7 +200,9 @@ class SelfScores(Accumulator):
         self.scores = tensors["scores"]
 
 
-def _weighted_squares(a: Tensor, g: Tensor, Q_A: Tensor | None, Q_G: Tensor | None, factor: Tensor) -> Tensor:
+def _weighted_squares(
+    a: Tensor, g: Tensor, Q_A: Tensor | None, Q_G: Tensor | None, factor: Tensor
+) -> Tensor:
     """Sum of the squared coordinates of each gradient in a basis, times `factor` (groups, batch)."""
     matrices = kronecker.gradient(a, g).movedim(-3, 0)
     squares = kronecker.change_basis(matrices, Q_A, Q_G).square_()

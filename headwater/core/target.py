@@ -114,11 +114,12 @@ class Enumerated(Target):
 
     Attributes:
         cut: Labels less probable than this are dropped.
-        lost: Gathers the share of the Fisher's trace (in the outputs) that the cut dropped, per batch.
+        lost: Gathers for each batch the share of the Fisher's trace (in the outputs) that the cut dropped, and
+            that trace.
     """
 
     cut: float = 1e-4
-    lost: list[tuple[float, int]] = field(default_factory=list, compare=False)
+    lost: list[tuple[float, float]] = field(default_factory=list, compare=False)
 
     def __call__(self, model, task, batch, keys, fixed=None):
         raise AssertionError("enumerated labels run in parts")
@@ -126,7 +127,7 @@ class Enumerated(Target):
     def parts(self, model, task, batch, keys):
         with torch.no_grad():
             rows = task.predict(model, batch).rows(self.cut)
-        self.lost.append((rows.lost, len(keys)))
+        self.lost.append((rows.lost, rows.trace))
         n_rows = torch.bincount(rows.example, minlength=len(keys))
         # An example without a label to enumerate still counts as one: it gets a row of weight zero.
         empty = (n_rows == 0).nonzero().squeeze(1)
@@ -138,7 +139,7 @@ class Enumerated(Target):
         share = 1 / n_rows.clamp(min=1).double()[example]
         for start in range(0, len(example), len(keys)):
             part = slice(start, start + len(keys))
-            some = LabelRows(example[part], position[part], label[part], weight[part], 0.0)
+            some = LabelRows(example[part], position[part], label[part], weight[part])
             yield Part(_OneRow(some), some.example, some.weight, share[part])
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_BLOCK = 384  # below this side a whole product is as fast as its upper triangle
+_BLOCK = 128  # below twice this side a whole product is as fast as its upper triangle
 
 
 def second_moment(

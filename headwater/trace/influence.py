@@ -92,7 +92,8 @@ class Influence(Attributor):
         terms: Score with so many terms of a separable inverse, a cheap first stage for models with one position an
             example; None scores exactly.
         n_intervals: How many of the strongest examples on each side get an interval, for each query.
-        confidence_level: Of the intervals, which reflect the sampling of labels and of the fit's examples.
+        confidence_level: Of the intervals, which reflect the sampling of labels and of the fit's examples: for the
+            dual form all of it, for EK-FAC that of the eigenvalues but not of the eigenbasis, which can be as large.
         cg_steps: Refine the inverse by this many steps of conjugate gradients against the exact Gauss–Newton matrix.
         cg_tolerance: Relative residual at which that stops.
     """
@@ -156,7 +157,9 @@ class Influence(Attributor):
             values=values.float(),
             query_ids=ids,
             train_ids=fit.train.ids,
-            measurement=measurement_name(fit.task.measurement_of if measurement is None else measurement),
+            measurement=measurement_name(
+                fit.task.measurement_of if measurement is None else measurement
+            ),
             low=low,
             high=high,
             significance=None if held is None else significance(values, held),
@@ -207,7 +210,9 @@ class Influence(Attributor):
         ends = torch.cat([values.topk(k).indices, values.topk(k, largest=False).indices], dim=1)
         chosen = ends.unique()
         some = fit.train.subset(chosen.tolist())
-        scores = -_replicate_scores(fit, gradients, Inverse(damping), some, progress) / len(fit.train)
+        scores = -_replicate_scores(fit, gradients, Inverse(damping), some, progress) / len(
+            fit.train
+        )
         low, high = jackknife_interval(
             values[:, chosen], scores, confidence_level=self.confidence_level
         )
@@ -335,9 +340,7 @@ class _SelfThrough(Accumulator):
     def end_batch(self, batch) -> None:
         self._batch.end_batch(batch)
         gradients, indices, _ = self._batch.finish()
-        for start in range(0, len(gradients), 64):  # `apply` may need whole matrices
-            own = self.curvature.quadratic(gradients[start : start + 64], self.function)
-            self.scores[indices[start : start + 64]] = own.cpu()
+        self.scores[indices] = self.curvature.quadratic(gradients, self.function).cpu()
         self._batch = CollectGradients(self.layers.values())
 
     def merge(self, other: "_SelfThrough") -> None:
@@ -372,6 +375,7 @@ def refine(
         curvature: The preconditioner, the fit's own when left out.
         steps: Most products with the exact matrix; each is a pass over the data for every 16 vectors.
         tolerance: Relative residual at which a system is solved.
+        progress: Called with (done, total, note).
 
     Returns:
         The solutions, and the facts: steps taken and largest residual.

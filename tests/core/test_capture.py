@@ -1,5 +1,6 @@
 import copy
 import warnings
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -346,6 +347,20 @@ def test_nothing_is_kept_after_a_pass():
         capture.backward(batch, Loss(), BatchInfo(torch.arange(4)), torch.arange(4), lambda r: None)
         tape = capture._tape
         assert not tape.calls and not tape.roots and not tape.shared
+
+
+def test_what_a_layer_read_is_let_go_once_its_rows_are_handed_on():
+    model, task, batch = CASES["linear 3d"].make()
+    capture, calls, alive = Capture(model, task, follow(model, task, batch)), [], []
+
+    def emit(rows):
+        if not calls:  # the last layer comes first: those before it wait
+            calls.extend(weakref.ref(c) for some in capture._tape.calls.values() for c in some)
+        alive.append(sum(call() is not None for call in calls))
+
+    with capture.hooks():
+        capture.backward(batch, Loss(), BatchInfo(torch.arange(4)), torch.arange(4), emit)
+    assert alive == [2, 1, 0]
 
 
 # Masks

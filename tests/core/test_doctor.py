@@ -136,14 +136,14 @@ def test_a_tiny_llama_passes_and_names_its_tied_modules():
         vocab_size=30,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
         tie_word_embeddings=True,
     )
     model = transformers.LlamaForCausalLM(config)
-    diagnosis = examine(model, Sentences(sentences()), CausalLM())
+    diagnosis = examine(model, Sentences(sentences()), CausalLM(), n=2)
     assert diagnosis.ok
     assert ("model.embed_tokens", "lm_head") in diagnosis.tied
     assert diagnosis["padded gradients"].status == "ok"
@@ -154,14 +154,14 @@ def test_a_tiny_llama_passes_and_names_its_tied_modules():
         adapted = peft.get_peft_model(
             model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
         )
-    fresh = examine(adapted, Sentences(sentences()), CausalLM())
+    fresh = examine(adapted, Sentences(sentences()), CausalLM(), n=2)
     assert fresh.ok
     assert fresh["adapter"].status == "warn"
     assert "zero gradients" not in {c.name for c in fresh.checks}
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    trained = examine(adapted, Sentences(sentences()), CausalLM())
+    trained = examine(adapted, Sentences(sentences()), CausalLM(), n=2)
     assert trained.ok
     assert "adapter" not in {c.name for c in trained.checks}
     assert 0 < trained.coverage < 0.2
@@ -262,7 +262,7 @@ def test_a_full_context_leaves_the_padding_unchecked_with_a_warning():
             self.place = nn.Embedding(10, 8).double()
 
         def forward(self, input_ids, attention_mask):
-            places = self.place(torch.arange(input_ids.shape[1]))
+            places = self.place(torch.arange(input_ids.shape[1])[None])
             weights = attention_mask[..., None].double()
             return self.head((self.embed(input_ids) + places) * weights)
 

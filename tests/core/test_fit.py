@@ -27,7 +27,9 @@ def test_comes_back_from_its_folder(name, method, tmp_path):
     assert again.curvature.facts == made.curvature.facts
     mine, theirs = again.curvature.tensors(), made.curvature.tensors()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in theirs)
-    assert again.damping() == made.damping() == Damping(0.1, source="weight decay of the training run")
+    assert (
+        again.damping() == made.damping() == Damping(0.1, source="weight decay of the training run")
+    )
 
 
 def test_a_finished_fit_is_read_and_not_made_again(tmp_path):
@@ -43,7 +45,10 @@ def test_a_finished_fit_is_read_and_not_made_again(tmp_path):
 
 
 def test_an_empty_folder_will_do(tmp_path):
-    assert case("mlp").fit(Identity(), folder=tmp_path).facts["options"]["curvature"]["kind"] == "identity"
+    assert (
+        case("mlp").fit(Identity(), folder=tmp_path).facts["options"]["curvature"]["kind"]
+        == "identity"
+    )
     assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))  # nothing unfinished is left
 
 
@@ -100,7 +105,9 @@ def test_a_killed_fit_goes_on_to_the_same_bits(method, stop, tmp_path, monkeypat
         made = found.fit(
             method, batch_size=3, folder=tmp_path / "fit", progress=lambda *s: resumed.append(s)
         )
-        assert resumed[0][0] == seen[-1][0] and resumed[0][2] == seen[-1][1]  # one batch is run again
+        assert (
+            resumed[0][0] == seen[-1][0] and resumed[0][2] == seen[-1][1]
+        )  # one batch is run again
     else:
         pytest.fail("the fit was to be killed")
     mine, theirs = made.curvature.tensors(), whole.curvature.tensors()
@@ -119,7 +126,9 @@ def test_a_killed_fit_of_other_options_is_not_taken_up(tmp_path):
     with pytest.raises(Killed):
         found.fit(EKFAC(), folder=tmp_path / "fit", progress=kill)
     notes = []
-    found.fit(EKFAC(seed=1), folder=tmp_path / "fit", progress=lambda d, t, note: notes.append(note))
+    found.fit(
+        EKFAC(seed=1), folder=tmp_path / "fit", progress=lambda d, t, note: notes.append(note)
+    )
     assert "moments" in notes
     notes.clear()
     found.fit(EKFAC(draws=2), folder=tmp_path / "fit2")
@@ -132,7 +141,11 @@ def test_a_killed_fit_of_other_options_is_not_taken_up(tmp_path):
 def test_the_damping_of_a_run():
     found = case("mlp")
     plain = found.fit(EKFAC(), weight_decay=0.02)
-    assert plain.damping() == plain.damping("weight_decay") == Damping(0.02, source="weight decay of the training run")
+    assert (
+        plain.damping()
+        == plain.damping("weight_decay")
+        == Damping(0.02, source="weight decay of the training run")
+    )
     assert plain.damping(0.5) == Damping(0.5) and plain.damping("0.1 relative").unit == "relative"
     mean = plain.curvature.mean_eigenvalue
     assert plain.damping_ratio(Damping(0.3, "relative")) == pytest.approx(0.3)
@@ -160,7 +173,7 @@ def test_a_weight_decay_that_is_not_recorded_is_an_error_with_a_remedy():
 def test_auto_takes_the_dual_form_where_its_rows_fit():
     assert case("mlp").fit("auto").curvature.kind == "dual"
     assert case("lm").fit("auto").facts["options"]["curvature"]["kind"] == "ekfac"
-    with pytest.raises(ValueError, match="among identity, diagonal.*or 'auto'; got 'best'"):
+    with pytest.raises(ValueError, match=r"among identity, diagonal.*or 'auto'; got 'best'"):
         case("mlp").fit("best")
 
 
@@ -173,7 +186,10 @@ def test_a_mean_over_the_batch_is_refused():
 
 def test_says_what_it_is():
     text = repr(case("mlp").fit(EKFAC()))
-    assert "ekfac curvature of Sequential, 2 layers, 53 parameters = 100.0 %" in text and "18 training" in text
+    assert (
+        "ekfac curvature of Sequential, 2 layers, 53 parameters = 100.0 %" in text
+        and "18 training" in text
+    )
 
 
 def test_one_output_regression_and_skipped_layers():

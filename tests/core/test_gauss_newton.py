@@ -5,13 +5,13 @@ import torch
 
 from headwater.core.gauss_newton import GaussNewtonProduct, parameters_of
 from headwater.core.gradients import Gradients
-from tests.curvature_cases import EVERY, case, dense_gauss_newton, loss_gradients
+from tests.curvature_cases import EVERY, case, dense_gauss_newton, loss_gradients, shared
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_equals_the_dense_matrix_times_vectors(name):
-    found = case(name)
-    fitted = found.fit("identity")
+    found = shared(name)
+    fitted = found.fitted("identity")
     x = Gradients({layer.name: torch.randn(5, *layer.block).double() for layer in fitted.followed})
     expected = x.to_matrix() @ dense_gauss_newton(fitted)
     for batch_size, at_once in ((2, 16), (100, 2)):
@@ -36,9 +36,9 @@ def test_leaves_the_model_as_it_was():
 
 
 def test_only_the_followed_parameters_take_part():
-    found = case("mlp")
+    found = shared("mlp")
     some = found.fit("identity", layers="2")
-    every = found.fit("identity")
+    every = found.fitted("identity")
     x = Gradients({"2": torch.randn(2, 3, 6).double()})
     product = GaussNewtonProduct(some.capture(), found.train, some.batches(found.train))
     block = dense_gauss_newton(every)[35:, 35:]  # behind the 5 × 7 of the first layer
@@ -46,8 +46,8 @@ def test_only_the_followed_parameters_take_part():
 
 
 def test_gradients_of_layers_become_those_of_parameters():
-    found = case("conv")
-    fitted = found.fit("identity")
+    found = shared("conv")
+    fitted = found.fitted("identity")
     layers = list(fitted.followed)
     rows = loss_gradients(fitted)[:1]
     shape = Gradients({layer.name: torch.zeros(1, *layer.block).double() for layer in layers})

@@ -33,7 +33,9 @@ def matrices(block) -> torch.Tensor:
     rows = []
     for n in range(len(block)):
         a, g = block.a[..., n, :, :], block.g[..., n, :, :]
-        rows.append(sum(g[..., t, :, None] * a[..., t, None, :] for t in range(block.pos)).flatten())
+        rows.append(
+            sum(g[..., t, :, None] * a[..., t, None, :] for t in range(block.pos)).flatten()
+        )
     return torch.stack(rows)
 
 
@@ -62,7 +64,9 @@ def test_inner_products_equal_those_of_the_matrices(n, m, d_in, d_out, pos, grou
         gradients._CHUNK = before
 
 
-@pytest.mark.parametrize(("n", "pos", "d_in", "d_out"), [(3, 1, 90, 20), (3, 1, 20, 90), (1, 6, 30, 9)])
+@pytest.mark.parametrize(
+    ("n", "pos", "d_in", "d_out"), [(3, 1, 90, 20), (3, 1, 20, 90), (1, 6, 30, 9)]
+)
 def test_few_queries_contract_the_longer_side_first(n, pos, d_in, d_out, monkeypatch):
     x, y = torch.randn(n, d_out, d_in).double(), factored(8, pos, d_in, d_out)
     expected = x.flatten(1) @ matrices(y).mT
@@ -93,7 +97,11 @@ def test_norms_and_combinations(pos, groups, monkeypatch):
 
 def several() -> Gradients:
     return Gradients(
-        {"a": factored(5, 1, 4, 3), "b": factored(5, 2, 3, 2, 2), "c": torch.randn(5, 2, 3).double()}
+        {
+            "a": factored(5, 1, 4, 3),
+            "b": factored(5, 2, 3, 2, 2),
+            "c": torch.randn(5, 2, 3).double(),
+        }
     )
 
 
@@ -143,7 +151,9 @@ def test_collected_rows_are_in_the_order_of_the_examples(split, pos):
     found, expected = [CollectGradients(LAYERS), CollectGradients(LAYERS)], {}
     for half, (start, stop) in enumerate([(split, 6), (0, split)]):
         for layer in LAYERS:
-            r = random_rows(layer, stop - start, pos[half], start=start, weights=weights[start:stop], fold=half)
+            r = random_rows(
+                layer, stop - start, pos[half], start=start, weights=weights[start:stop], fold=half
+            )
             found[half].update(r)
             rows = matrices(Factored(r.a, r.g)) * weights[start:stop, None].sqrt()
             expected.setdefault(layer.name, {})[half] = rows
@@ -155,7 +165,9 @@ def test_collected_rows_are_in_the_order_of_the_examples(split, pos):
     assert indices.tolist() == list(range(6)) and restored.n_rows == 6
     assert folds.tolist() == [1] * split + [0] * (6 - split)
     for name, parts in expected.items():
-        torch.testing.assert_close(dense(whole.blocks[name]).flatten(1), torch.cat([parts[1], parts[0]]))
+        torch.testing.assert_close(
+            dense(whole.blocks[name]).flatten(1), torch.cat([parts[1], parts[0]])
+        )
     assert isinstance(whole.blocks["long"], Factored)
 
 

@@ -89,11 +89,18 @@ def test_all_rows_together_make_the_hessian(make):
 def test_the_share_that_a_cut_loses_is_that_of_the_trace(cut):
     torch.manual_seed(0)
     p = categorical()
-    rows, probabilities = p.rows(cut), p.logits.softmax(-1)
+    rows, probabilities = p.rows(cut), p.logits.softmax(-1) * p.mask[..., None]
     assert bool((rows.weight >= cut).all())
-    variance = probabilities * (1 - probabilities) * p.mask[..., None]
-    lost = variance[probabilities < cut].sum() / variance.sum()
+    gradients = probabilities[..., None, :] - torch.eye(
+        5
+    )  # of the loss of each label in the logits
+    each = probabilities * gradients.square().sum(-1)
+    lost = each[probabilities < cut].sum() / each.sum()
     assert rows.lost == pytest.approx(float(lost), abs=1e-12)
+    fisher = torch.diag_embed(probabilities) - torch.einsum("bti,btj->btij", *2 * [probabilities])
+    trace = fisher.diagonal(dim1=-2, dim2=-1).sum()
+    assert rows.trace == pytest.approx(float(trace), abs=1e-12)
+    assert gaussian().rows(cut).trace == 21  # identity matrices at seven positions
 
 
 def test_labels_are_drawn_with_their_probabilities():

@@ -67,7 +67,7 @@ def test_enumerated_rows_count_each_example_once(cut):
     assert weight[2] == 0
     expected = int(((kept > 0) & prediction.mask[..., None]).sum())
     assert n_rows == expected + 1
-    assert target.lost == [(prediction.rows(cut).lost, 3)]
+    assert target.lost == [(prediction.rows(cut).lost, prediction.rows(cut).trace)]
 
 
 def test_a_row_is_the_loss_of_one_label_at_one_position():

@@ -27,7 +27,9 @@ def test_solves_several_systems_at_once(dim, n, seed):
 
 def test_each_system_stops_by_itself_and_zero_stays_zero():
     A = positive(8, 50.0)
-    b = torch.stack([torch.zeros(8).double(), torch.linalg.eigh(A)[1][:, 0], torch.randn(8).double()])
+    b = torch.stack(
+        [torch.zeros(8).double(), torch.linalg.eigh(A)[1][:, 0], torch.randn(8).double()]
+    )
     found = conjugate_gradients(lambda v: v @ A, b, tolerance=1e-12)
     assert not bool(found.x[0].any()) and bool(found.x.isfinite().all())
     torch.testing.assert_close(found.x, torch.linalg.solve(A, b.mT).mT)
@@ -39,8 +41,12 @@ def test_a_good_preconditioner_saves_steps_and_an_exact_one_needs_a_single_step(
     plain = conjugate_gradients(lambda v: v @ A, b, tolerance=1e-8)
     inverse = torch.linalg.inv(A)
     near = inverse + 1e-6 * torch.eye(40).double()
-    helped = conjugate_gradients(lambda v: v @ A, b, precondition=lambda v: v @ near, tolerance=1e-8)
-    exact = conjugate_gradients(lambda v: v @ A, b, precondition=lambda v: v @ inverse, tolerance=1e-8)
+    helped = conjugate_gradients(
+        lambda v: v @ A, b, precondition=lambda v: v @ near, tolerance=1e-8
+    )
+    exact = conjugate_gradients(
+        lambda v: v @ A, b, precondition=lambda v: v @ inverse, tolerance=1e-8
+    )
     assert exact.steps <= 2 and helped.steps < plain.steps
     torch.testing.assert_close(helped.x, b @ inverse, rtol=1e-5, atol=1e-8)
 

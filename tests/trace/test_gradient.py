@@ -7,13 +7,21 @@ from headwater.core.curvature import Identity
 from headwater.core.task import Classification
 from headwater.trace import GradientCosine, GradientDot
 from headwater.trace.gradient import cosine
-from tests.curvature_cases import EVERY, Case, autograd_rows, case, loss_gradients, side_by_side
+from tests.curvature_cases import (
+    EVERY,
+    Case,
+    autograd_rows,
+    case,
+    loss_gradients,
+    shared,
+    side_by_side,
+)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_dot_and_cosine_equal_loops(name):
-    found = case(name)
-    fitted = found.fit(Identity())
+    found = shared(name)
+    fitted = found.fitted(Identity())
     queries, train = loss_gradients(fitted, found.query), loss_gradients(fitted)
     dot, cos = torch.zeros(len(queries), len(train)), torch.zeros(len(queries), len(train))
     for q, x in enumerate(queries):
@@ -27,8 +35,8 @@ def test_dot_and_cosine_equal_loops(name):
 
 
 def test_groups_and_other_measurements():
-    found = case("mlp")
-    fitted = found.fit(Identity())
+    found = shared("mlp")
+    fitted = found.fitted(Identity())
     weights = torch.tensor([[1.0, -1.0, 0.0, 2.0]])
     gradients = side_by_side(
         autograd_rows(fitted, lambda m, b: found.task.predict(m, b).margin(), found.query)
@@ -56,5 +64,7 @@ def test_measurements_without_a_name_will_do():
     task = Classification(measurement_of=partial(lambda scale, p: scale * p.loss(), 2.0))
     twice = Case(found.model, task, found.train, found.query).fit(Identity())
     scores = GradientDot().attribute(twice, found.query)
-    torch.testing.assert_close(scores.values, 2 * GradientDot().attribute(found.fit(Identity()), found.query).values)
+    torch.testing.assert_close(
+        scores.values, 2 * GradientDot().attribute(found.fit(Identity()), found.query).values
+    )
     assert scores.measurement == "custom"

@@ -26,6 +26,7 @@ from tests.curvature_cases import (
     case,
     dense_gauss_newton,
     loss_gradients,
+    shared,
     side_by_side,
 )
 
@@ -49,7 +50,9 @@ class Ridge:
         self.theta = self.solve(torch.ones(n).double())
 
     def hessian(self, weights: Tensor) -> Tensor:
-        return (self.x * weights[:, None]).mT @ self.x / self.n + LAM * torch.eye(self.x.shape[1]).double()
+        return (self.x * weights[:, None]).mT @ self.x / self.n + LAM * torch.eye(
+            self.x.shape[1]
+        ).double()
 
     def solve(self, weights: Tensor) -> Tensor:
         """The minimizer of (1/N) Σ w_n ½ (x_n θ - y_n)² + ½ λ |θ|²."""
@@ -89,14 +92,18 @@ def test_ridge_regression_equals_the_closed_form_the_derivative_and_leaving_one_
         torch.testing.assert_close(scores[:, n], change, rtol=1e-6, atol=1e-12)
         without = ridge.solve(ones - nn.functional.one_hot(torch.tensor(n), 30))
         removed = ridge.queries @ (without - ridge.theta)
-        torch.testing.assert_close(-scores[:, n] / (1 - leverage[n]), removed, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(
+            -scores[:, n] / (1 - leverage[n]), removed, rtol=1e-8, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("curvature", [Dense(), Dual(cut=0.0), EKFAC(**EXACT)], ids=lambda c: c.kind)
+@pytest.mark.parametrize(
+    "curvature", [Dense(), Dual(cut=0.0), EKFAC(**EXACT)], ids=lambda c: c.kind
+)
 def test_equals_a_dense_solve(name, curvature):
-    found = case(name)
-    fitted = found.fit(curvature)
+    found = shared(name)
+    fitted = found.fitted(curvature)
     queries, train = loss_gradients(fitted, found.query), loss_gradients(fitted)
     if curvature.kind == "ekfac":
         matrix = torch.block_diag(*block_matrices(fitted).values())
@@ -105,7 +112,9 @@ def test_equals_a_dense_solve(name, curvature):
     system = matrix + RHO * torch.eye(len(matrix)).double()
     expected = -(queries @ torch.linalg.solve(system, train.mT)) / len(found.train)
     scores = Influence(damping=RHO).attribute(fitted, found.query)
-    torch.testing.assert_close(scores.values.double(), expected, rtol=1e-5, atol=1e-7)  # kept in float32
+    torch.testing.assert_close(
+        scores.values.double(), expected, rtol=1e-5, atol=1e-7
+    )  # kept in float32
     assert scores.query_ids == found.query.ids and scores.train_ids == found.train.ids
     assert scores.metadata == found.train.metadata and scores.measurement == "loss"
 
@@ -113,8 +122,8 @@ def test_equals_a_dense_solve(name, curvature):
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("curvature", [Identity(), EKFAC()], ids=lambda c: c.kind)
 def test_conjugate_gradients_equal_the_dense_solve(name, curvature):
-    found = case(name)
-    fitted = found.fit(curvature)
+    found = shared(name)
+    fitted = found.fitted(curvature)
     gradients = query_gradients(fitted, found.query)
     solved, facts = refine(fitted, gradients, Damping(RHO), steps=400, tolerance=1e-9)
     matrix = dense_gauss_newton(fitted)
@@ -125,9 +134,9 @@ def test_conjugate_gradients_equal_the_dense_solve(name, curvature):
 
 
 def test_refined_scores_tell_their_steps_and_residual():
-    found = case("mlp")
-    exact = Influence(damping=RHO).attribute(found.fit(Dense()), found.query).values
-    fitted, plain = found.fit(EKFAC()), Influence(damping=RHO)
+    found = shared("mlp")
+    exact = Influence(damping=RHO).attribute(found.fitted(Dense()), found.query).values
+    fitted, plain = found.fitted(EKFAC()), Influence(damping=RHO)
     refined = Influence(damping=RHO, cg_steps=100, cg_tolerance=1e-8).attribute(fitted, found.query)
     torch.testing.assert_close(refined.values, exact, rtol=1e-4, atol=1e-6)
     assert (plain.attribute(fitted, found.query).values - exact).norm() > 0.01 * exact.norm()
@@ -140,7 +149,11 @@ def double_scores(fitted, queries, method=None) -> Tensor:
     """Scores before they are rounded to single precision."""
     method = method or Influence(damping=RHO)
     prepared, _ = method._prepare(
-        fitted, fitted.curvature, query_gradients(fitted, queries), fitted.damping(method.damping), None
+        fitted,
+        fitted.curvature,
+        query_gradients(fitted, queries),
+        fitted.damping(method.damping),
+        None,
     )
     return inner_products(fitted, prepared, fitted.train).finish()
 
@@ -158,7 +171,9 @@ def test_batches_and_padding_change_nothing(curvature, precision):
     found.model.to(precision)
     extended = [Tokens(x.sequences, extra=3) for x in (found.train, found.query)]
     scores = [
-        double_scores(Case(found.model, found.task, train, query).fit(curvature, batch_tokens=n), query)
+        double_scores(
+            Case(found.model, found.task, train, query).fit(curvature, batch_tokens=n), query
+        )
         for train, query, n in ((found.train, found.query, 4096), (*extended, 4096), (*extended, 6))
     ]
     scale = scores[0].abs().max()
@@ -180,14 +195,16 @@ def test_a_model_in_single_precision_scores_like_one_in_double(curvature):
     )
     scores = double_scores(single.fit(curvature), single.query)
     # eight digits in the products and a condition of some hundreds leave five
-    torch.testing.assert_close(scores / double.abs().max(), double / double.abs().max(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        scores / double.abs().max(), double / double.abs().max(), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "short positions", "lm"])
 @pytest.mark.parametrize("curvature", [EKFAC(), Dual()], ids=lambda c: c.kind)
 def test_layers_add_up_to_the_total(name, curvature):
-    found = case(name)
-    fitted = found.fit(curvature)
+    found = shared(name)
+    fitted = found.fitted(curvature)
     method = Influence(damping=RHO)
     scores = method.attribute(fitted, found.query, by_layer=True)
     assert scores.layers == [layer.name for layer in fitted.followed]
@@ -206,39 +223,48 @@ def test_layers_add_up_to_the_total(name, curvature):
 
 @pytest.mark.parametrize("curvature", [EKFAC(), Dual()], ids=lambda c: c.kind)
 def test_tokens_and_the_rest_add_up_to_the_score(curvature):
-    found = case("lm")
-    fitted, method = found.fit(curvature), Influence(damping=RHO)
+    found = shared("lm")
+    fitted, method = found.fitted(curvature), Influence(damping=RHO)
     scores = method.attribute(fitted, found.query)
     parts, elsewhere = method.tokens(fitted, found.query, [3, 0, 2])
-    torch.testing.assert_close(parts.sum(2) + elsewhere, scores.values[:, [3, 0, 2]], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        parts.sum(2) + elsewhere, scores.values[:, [3, 0, 2]], rtol=1e-4, atol=1e-6
+    )
     assert parts.shape == (2, 3, 5) and not bool(parts[:, 0, 2:].any())  # nothing on padding
     assert bool(elsewhere.any())  # the gains of the norm have no positions
 
 
 def test_groups_and_contrasts_are_linear_combinations():
-    found = case("mlp")
-    fitted, method = found.fit(EKFAC()), Influence(damping=RHO)
+    found = shared("mlp")
+    fitted, method = found.fitted(EKFAC()), Influence(damping=RHO)
     each = method.attribute(fitted, found.query).values
     weights = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, -1.0, 0.0, 0.0]])
-    found_groups = method.attribute(fitted, found.query, weights=weights, names=["both", "contrast"])
+    found_groups = method.attribute(
+        fitted, found.query, weights=weights, names=["both", "contrast"]
+    )
     torch.testing.assert_close(found_groups.values, weights @ each, rtol=1e-4, atol=1e-6)
     assert found_groups.query_ids == ["both", "contrast"]
     unnamed = method.attribute(fitted, found.query, weights=weights)
     assert unnamed.query_ids == ["0", "1"] and torch.equal(unnamed.values, found_groups.values)
     parts, rest = method.tokens(fitted, found.query, [0, 1], weights=weights)
     assert parts.shape == (2, 2, 1)
-    torch.testing.assert_close(parts[:, :, 0] + rest, found_groups.values[:, :2], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        parts[:, :, 0] + rest, found_groups.values[:, :2], rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "lm"])
 def test_low_rank_queries_at_full_rank_are_exact_and_lose_little_below(name):
-    found = case(name)
-    fitted = found.fit(EKFAC())
+    found = shared(name)
+    fitted = found.fitted(EKFAC())
     whole = Influence(damping=RHO, n_intervals=0).attribute(fitted, found.query).values
     full = Influence(damping=RHO, rank=99, n_intervals=0).attribute(fitted, found.query).values
     torch.testing.assert_close(full, whole, rtol=1e-5, atol=1e-7)
     errors = [
-        (Influence(damping=RHO, rank=r, n_intervals=0).attribute(fitted, found.query).values - whole).norm()
+        (
+            Influence(damping=RHO, rank=r, n_intervals=0).attribute(fitted, found.query).values
+            - whole
+        ).norm()
         for r in (1, 2)
     ]
     assert errors[1] < whole.norm()
@@ -246,8 +272,8 @@ def test_low_rank_queries_at_full_rank_are_exact_and_lose_little_below(name):
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "lm"])
 def test_a_first_stage_of_all_terms_is_exact(name):
-    found = case(name)
-    fitted = found.fit(EKFAC())
+    found = shared(name)
+    fitted = found.fitted(EKFAC())
     whole = Influence(damping=RHO, n_intervals=0).attribute(fitted, found.query).values
     staged = Influence(damping=RHO, terms=99, n_intervals=0).attribute(fitted, found.query).values
     torch.testing.assert_close(staged, whole, rtol=1e-4, atol=1e-6)
@@ -258,8 +284,8 @@ def test_a_first_stage_of_all_terms_is_exact(name):
 )
 @pytest.mark.parametrize("name", ["mlp", "conv", "lm"])
 def test_self_influence_is_the_diagonal_and_never_negative(name, curvature):
-    found = case(name)
-    fitted, method = found.fit(curvature), Influence(damping=RHO, n_intervals=0)
+    found = shared(name)
+    fitted, method = found.fitted(curvature), Influence(damping=RHO, n_intervals=0)
     own = method.self_influence(fitted)
     pairs = method.attribute(fitted, found.train).values.diagonal()
     # adding an example lowers its own loss, so the score of the loss is minus the self-influence
@@ -268,10 +294,11 @@ def test_self_influence_is_the_diagonal_and_never_negative(name, curvature):
 
 
 def test_measurements_have_their_signs():
-    found = case("mlp")
-    fitted, method = found.fit(Dense()), Influence(damping=RHO, n_intervals=0)
+    found = shared("mlp")
+    fitted, method = found.fitted(Dense()), Influence(damping=RHO, n_intervals=0)
     loss, log_prob, margin = (
-        method.attribute(fitted, found.query, measurement=m).values for m in ("loss", "log_prob", "margin")
+        method.attribute(fitted, found.query, measurement=m).values
+        for m in ("loss", "log_prob", "margin")
     )
     torch.testing.assert_close(log_prob, -loss)
     system = dense_gauss_newton(fitted) + RHO * torch.eye(53).double()
@@ -283,8 +310,8 @@ def test_measurements_have_their_signs():
 
 
 def test_significance_is_against_held_out_examples():
-    found = case("mlp")
-    fitted, method = found.fit(EKFAC()), Influence(damping=RHO)
+    found = shared("mlp")
+    fitted, method = found.fitted(EKFAC()), Influence(damping=RHO)
     scores = method.attribute(fitted, found.query, control=found.query)
     other = Case(found.model, found.task, found.query, found.query)
     prepared, _ = method._prepare(
@@ -299,12 +326,18 @@ def test_significance_is_against_held_out_examples():
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "lm"])
-@pytest.mark.parametrize("curvature", [EKFAC(folds=3), Diagonal(folds=3), Dual(folds=3)], ids=lambda c: c.kind)
+@pytest.mark.parametrize(
+    "curvature", [EKFAC(folds=3), Diagonal(folds=3), Dual(folds=3)], ids=lambda c: c.kind
+)
 @pytest.mark.parametrize("damping", [RHO, "0.1 relative"])
-def test_intervals_are_the_jackknife_over_folds_for_the_strongest_examples(name, curvature, damping):
-    found = case(name)
-    fitted = found.fit(curvature)
-    scores = Influence(damping=damping, n_intervals=2, confidence_level=0.9).attribute(fitted, found.query)
+def test_intervals_are_the_jackknife_over_folds_for_the_strongest_examples(
+    name, curvature, damping
+):
+    found = shared(name)
+    fitted = found.fitted(curvature)
+    scores = Influence(damping=damping, n_intervals=2, confidence_level=0.9).attribute(
+        fitted, found.query
+    )
     told = ~scores.low.isnan()
     for q, row in enumerate(scores.values):
         ends = {*row.topk(2).indices.tolist(), *row.topk(2, largest=False).indices.tolist()}
@@ -313,7 +346,10 @@ def test_intervals_are_the_jackknife_over_folds_for_the_strongest_examples(name,
     gradients = query_gradients(fitted, found.query)
     rows = loss_gradients(fitted)
     replicates = torch.stack(
-        [-(r.apply(gradients, function).to_matrix() @ rows.mT) / len(rows) for r in fitted.curvature.replicates()]
+        [
+            -(r.apply(gradients, function).to_matrix() @ rows.mT) / len(rows)
+            for r in fitted.curvature.replicates()
+        ]
     )
     low, high = jackknife_interval(scores.values.double(), replicates, confidence_level=0.9)
     for mine, expected in ((scores.low, low), (scores.high, high)):
@@ -324,9 +360,11 @@ def test_intervals_are_the_jackknife_over_folds_for_the_strongest_examples(name,
 def test_intervals_take_one_sweep(monkeypatch):
     from headwater.trace import influence
 
-    found, notes = case("mlp"), []
-    fitted = found.fit(Dual(folds=5))
-    monkeypatch.setattr(influence, "sweep", lambda *a, **k: notes.append(k["note"]) or sweep(*a, **k))
+    found, notes = shared("mlp"), []
+    fitted = found.fitted(Dual(folds=5))
+    monkeypatch.setattr(
+        influence, "sweep", lambda *a, **k: notes.append(k["note"]) or sweep(*a, **k)
+    )
     Influence(damping=RHO).attribute(fitted, found.query)
     assert notes == ["queries", "scores", "intervals"]
     notes.clear()
@@ -347,8 +385,8 @@ def test_facts_name_what_decided():
 
 
 def test_blocks_are_independent_for_layerwise_curvature_only():
-    found = case("mlp")
-    ekfac, dense = (found.fit(c) for c in (EKFAC(**EXACT), Dense()))
+    found = shared("mlp")
+    ekfac, dense = (found.fitted(c) for c in (EKFAC(**EXACT), Dense()))
     assert isinstance(ekfac.curvature, Layerwise)
     sizes = [len(b) for b in blocks_of(dense.curvature.matrix, dense).values()]
     assert sizes == [35, 18] and float(dense.curvature.matrix[:35, 35:].norm()) > 0
@@ -357,35 +395,40 @@ def test_blocks_are_independent_for_layerwise_curvature_only():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [EKFAC(), Dual(cut=0.0)], ids=lambda c: c.kind)
 def test_intervals_cover_the_score_of_the_whole_population(method):
-    """Examples of the fit and its label draws are drawn anew; the score is that of all the data."""
+    """The fit's examples and label draws are drawn anew, 40 times; the truth is the population's curvature.
+
+    For EK-FAC it is taken in the eigenbasis of the fit, whose own sampling the intervals leave out.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     x = torch.randn(6000, 5).double()
     y = (2 * model(x).detach()).softmax(1).multinomial(1).squeeze(1)
-    queries = TensorExamples(torch.randn(5, 5).double(), torch.randint(3, (5,)))
-    scored = [torch.randn(20, 5).double(), torch.randint(3, (20,))]
-    whole = fit(model, (x, y), Classification(), curvature=EKFAC(fisher="exact", cut=0.0))
-    if method.kind == "dual":
-        whole = fit(model, (x, y), Classification(), curvature=Dense())
+    whole = fit(model, (x, y), Classification(), curvature=Dense())
+    queries, scored = (
+        query_gradients(whole, TensorExamples(torch.randn(n, 5).double(), torch.randint(3, (n,))))
+        for n in (5, 20)
+    )
 
     def score(curvature) -> Tensor:
-        examples = TensorExamples(*scored)
-        gradients = query_gradients(whole, queries)
-        prepared = curvature.prepare(gradients, Inverse(Damping(0.02)), 20)
-        return inner_products(whole, prepared, examples).finish()
+        return curvature.apply(queries, Inverse(Damping(0.02))).inner(scored)
 
-    truth, covered, alone = score(whole.curvature), [], []
+    def in_basis_of(fitted) -> Layerwise:
+        bases, sums = fitted.curvature.bases, {}
+        for layer in fitted.followed:
+            Q_A, Q_G = bases[layer.name]
+            Q, block = torch.kron(Q_G, Q_A), blocks_of(whole.curvature.matrix, whole)[layer.name]
+            sums[layer.name] = (Q.mT @ block @ Q).diagonal().reshape(1, *layer.block)
+        return Layerwise(bases, sums, torch.ones(1))
+
+    covered = []
     for run in range(40):
         chosen = torch.randperm(6000)[:300]
         ids = [f"{run} {i}" for i in range(300)]  # new ids: new folds and new label draws
         train = TensorExamples(x[chosen], y[chosen], ids=ids)
-        fitted = fit(model, train, Classification(), curvature=method)
-        value = score(fitted.curvature)
+        fitted = fit(model, train, Classification(), curvature=method, check=False)
+        truth = score(whole.curvature if method.kind == "dual" else in_basis_of(fitted))
         replicates = torch.stack([score(r) for r in fitted.curvature.replicates()])
-        low, high = jackknife_interval(value, replicates)
+        low, high = jackknife_interval(score(fitted.curvature), replicates)
         covered.append(((low <= truth) & (truth <= high)).double().mean())
-        alone.append(float((value - truth).norm() / truth.norm()))
-    share = float(torch.stack(covered).mean())
-    print(f"{method.kind}: coverage {share:.3f}, error {sum(alone) / 40:.3f}")
-    # 40 runs of strongly correlated scores tell the coverage to about 3 %
-    assert 0.88 < share < 0.995
+    # 40 runs of strongly correlated scores tell the coverage to about 2 %
+    assert 0.90 < float(torch.stack(covered).mean()) < 0.99

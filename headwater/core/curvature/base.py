@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import BatchPlan, Capture, Progress
 from headwater.core.examples import Examples
-from headwater.core.gradients import Block, Gradients, dense, inner
+from headwater.core.gradients import Block, Gradients, inner
 
 SpectralFunction = Callable[[Tensor, float], Tensor]
 
@@ -54,7 +55,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def apply(self, gradients: Gradients, function: SpectralFunction) -> Gradients:
-        """$f(C)\\,g$ for each gradient, with `function(eigenvalues, mean eigenvalue)` taken elementwise."""
+        r"""$f(C)\,g$ for each gradient, with `function(eigenvalues, mean eigenvalue)` taken elementwise."""
 
     def prepare(
         self,
@@ -82,12 +83,13 @@ class Curvature(ABC):
         return sum(float(s.double().sum()) for s in spectra) / sum(s.numel() for s in spectra)
 
     def quadratic(self, gradients: Gradients, function: SpectralFunction) -> Float[Tensor, " n"]:
-        """$g^\\top f(C)\\,g$ for each gradient."""
-        applied = self.apply(gradients, function)
-        return sum(
-            ((dense(block) * dense(applied.blocks[name])).flatten(1).sum(1).double())
-            for name, block in gradients.blocks.items()
-        )  # type: ignore[return-value]
+        r"""$g^\top f(C)\,g$ for each gradient."""
+        parts = []
+        for start in range(0, len(gradients), 64):  # `apply` forms whole matrices
+            part = gradients[start : start + 64].dense()
+            applied = self.apply(part, function)
+            parts.append((part.to_matrix() * applied.to_matrix()).double().sum(1))
+        return torch.cat(parts)
 
     @abstractmethod
     def spectra(self) -> dict[str, Tensor]:

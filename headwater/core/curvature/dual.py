@@ -3,7 +3,8 @@ r"""The exact damped Gauss–Newton matrix, inverted in the space of examples.
 With one row $v_r = \sqrt{w_r}\,\nabla\ell_r$ for each kept label of each example, the Gauss–Newton matrix is
 $C = \frac1N V^\top V$, and by the Woodbury identity any function of it acts as
 
-$$f(C)\,x = f(0)\,x + V^\top M V x, \qquad M = \tfrac1N\, U \operatorname{diag}\!\Big(\tfrac{f(s) - f(0)}{s}\Big) U^\top,$$
+$$f(C)\,x = f(0)\,x + V^\top M V x, \qquad
+M = \tfrac1N\, U \operatorname{diag}\!\Big(\tfrac{f(s) - f(0)}{s}\Big) U^\top,$$
 
 where $\frac1N V V^\top = U \operatorname{diag}(s) U^\top$. For the damped inverse this is one Cholesky factorization,
 $M = -\frac1\rho\,(\rho N I + V V^\top)^{-1}$. The parameters are never multiplied with each other: with one position
@@ -30,7 +31,15 @@ from headwater.core.curvature.base import (
 )
 from headwater.core.curvature.moments import LostTrace
 from headwater.core.damping import Inverse
-from headwater.core.gradients import Block, CollectGradients, Factored, Gradients, combined, dense, inner
+from headwater.core.gradients import (
+    Block,
+    CollectGradients,
+    Factored,
+    Gradients,
+    combined,
+    dense,
+    inner,
+)
 from headwater.core.store import Checkpoint
 from headwater.core.target import Fisher, fisher_target
 from headwater.numerics import spectral
@@ -51,7 +60,7 @@ def gram_middle(
 
 
 class _Combined(Preconditioned):
-    """$f(0)\\,q + \\sum_r c_r v_r$, left as a combination of rows: cheaper than its sum for many queries."""
+    r"""$f(0)\,q + \sum_r c_r v_r$, left as a combination of rows: cheaper than its sum for many queries."""
 
     def __init__(self, base: Gradients, f0: float, coefficients: Tensor, rows: Gradients):
         self.base, self.f0, self.coefficients, self.rows = base, f0, coefficients, rows
@@ -72,21 +81,23 @@ class _Combined(Preconditioned):
 
 
 def _combination(base: Gradients, f0: float, coefficients: Tensor, rows: Gradients) -> Gradients:
-    return Gradients({
-        name: combined(block, coefficients).add_(dense(base.blocks[name]), alpha=f0)
-        for name, block in rows.blocks.items()
-    })
+    return Gradients(
+        {
+            name: combined(block, coefficients).add_(dense(base.blocks[name]), alpha=f0)
+            for name, block in rows.blocks.items()
+        }
+    )
 
 
 class DualCurvature(Curvature):
-    """The exact Gauss–Newton matrix through the rows of its square root.
+    r"""The exact Gauss–Newton matrix through the rows of its square root.
 
     Args:
         rows: Weighted gradients $v_r$ of the kept labels.
         folds: Fold of each row.
         n_folds: Examples of each fold.
         facts: Numbers worth telling.
-        gram: $V V^\\top$, computed when left out.
+        gram: $V V^\top$, computed when left out.
     """
 
     kind: ClassVar[str] = "dual"
@@ -142,16 +153,18 @@ class DualCurvature(Curvature):
     def _coefficients(self, queries: Gradients, function: SpectralFunction) -> tuple[Tensor, float]:
         """M V q for each query (query, row), and f(0)."""
         seen = self.rows.inner(queries).to(self.gram)
-        return self._times_middle(seen, function).mT, self._middle(function)[1]
-
-    def _times_middle(self, seen: Tensor, function: SpectralFunction) -> Tensor:
         middle, f0, is_factor = self._middle(function)
-        return torch.cholesky_solve(seen, middle) * -f0 if is_factor else middle @ seen
+        solved = torch.cholesky_solve(seen, middle) * -f0 if is_factor else middle @ seen
+        return solved.mT, f0
 
     def quadratic(self, gradients: Gradients, function: SpectralFunction) -> Tensor:
         seen = self.rows.inner(gradients).to(self.gram)
-        own = (seen * self._times_middle(seen, function)).sum(0)
-        return own + self._middle(function)[1] * gradients.norms().square().to(own)
+        middle, f0, is_factor = self._middle(function)
+        if is_factor:
+            own = -f0 * torch.linalg.solve_triangular(middle, seen, upper=False).square().sum(0)
+        else:
+            own = (seen * (middle @ seen)).sum(0)
+        return own + f0 * gradients.norms().square().to(own)
 
     def apply(self, gradients: Gradients, function: SpectralFunction) -> Gradients:
         coefficients, f0 = self._coefficients(gradients, function)
@@ -211,9 +224,9 @@ def gram_matrix(rows: Gradients) -> Float[Tensor, "row row"]:
     step = max(1, (1 << 25) // n)
     for start in range(0, n, step):  # the upper triangle, in strips
         part = slice(start, start + step)
-        strip = sum(inner(block[part], block[start:]).double() for block in rows.blocks.values())
-        total[part, start:] = strip
-        total[start:, part] = strip.mT
+        for block in rows.blocks.values():
+            total[part, start:] += inner(block[part], block[start:]).double().cpu()
+        total[start:, part] = total[part, start:].mT
     return total
 
 
@@ -223,7 +236,11 @@ def _numel(block: Block) -> int:
 
 def _sides(block: Block) -> int:
     """Multiplications that the inner product of two gradients takes."""
-    return (block.a.shape[-1] + block.g.shape[-1]) * block.pos**2 if isinstance(block, Factored) else block[0].numel()
+    return (
+        (block.a.shape[-1] + block.g.shape[-1]) * block.pos**2
+        if isinstance(block, Factored)
+        else block[0].numel()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,25 +153,38 @@ class _Sampled(CurvatureMethod):
 
     def __post_init__(self):
         if self.tolerance is not None and not self.tolerance > 0:
-            raise ValueError(f"tolerance must be positive; got {self.tolerance}. None uses all data.")
+            raise ValueError(
+                f"tolerance must be positive; got {self.tolerance}. None uses all data."
+            )
         if self.draws < 1 or self.folds < 1:
-            raise ValueError(f"Expected draws and folds of 1 or more; got {self.draws} and {self.folds}.")
+            raise ValueError(
+                f"Expected draws and folds of 1 or more; got {self.draws} and {self.folds}."
+            )
 
     def _check_folds(self) -> None:
         if self.tolerance is not None and self.folds < 2:
-            raise ValueError("A tolerance of the eigenvalues is measured on folds; pass folds=5, or no tolerance.")
+            raise ValueError(
+                "A tolerance of the eigenvalues is measured on folds; pass folds=5, or no tolerance."
+            )
 
-    def _pass(self, context: FitContext, accumulator: SecondMoments | EigenvalueSums, *, stage: str, seed: int) -> LostTrace:
+    def _pass(
+        self,
+        context: FitContext,
+        accumulator: SecondMoments | EigenvalueSums,
+        *,
+        stage: str,
+        seed: int,
+    ) -> LostTrace:
         """One resumable sweep of the labels' gradients, stopped early where that is asked for."""
         target = fisher_target(self.fisher, draws=self.draws, cut=self.cut, seed=seed)
-        batches, tolerance, stop = list(context.batches), self.tolerance, None
+        batches, tolerance = list(context.batches), self.tolerance
         if tolerance is not None:
             # batches are sorted by length: mix them, so that a part is like the whole
             generator = torch.Generator().manual_seed(seed)
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
-            def stop() -> bool:
-                return accumulator.relative_error() < tolerance
+        def enough() -> bool:
+            return tolerance is not None and accumulator.relative_error() < tolerance
 
         lost = LostTrace(target)
         sweep(
@@ -183,7 +196,7 @@ class _Sampled(CurvatureMethod):
             checkpoint=None if context.folder is None else Checkpoint(context.folder / stage),
             progress=context.progress,
             note=stage,
-            stop=stop,
+            stop=enough,
         )
         return lost
 

@@ -19,6 +19,7 @@ from headwater.core.curvature.moments import Basis, SharedRotation
 from headwater.core.gradients import Block, Factored, Gradients, dense, inner
 from headwater.numerics import kronecker
 
+
 def in_basis(block: Block, basis: Basis, shared: SharedRotation | None = None) -> Block:
     """Gradients in an eigenbasis, factored ones left factored; `shared` keeps inputs that several layers read."""
     if isinstance(block, Factored):
@@ -42,13 +43,27 @@ def separable(
     weight = weight.double().clamp(min=0)
     row, column = weight.sum(-1).sqrt(), weight.sum(-2).sqrt()
     row, column = (x.clamp(min=1e-6 * float(x.max()) + 1e-30) for x in (row, column))
-    u, s, vh = torch.linalg.svd(
-        row[..., :, None] * factor.double() * column[..., None, :], full_matrices=False
-    )
+    u, s, vh = _leading_svd(row[..., :, None] * factor.double() * column[..., None, :], terms)
     root = s[..., :terms].sqrt()
     left = u[..., :, :terms] * root[..., None, :] / row[..., :, None]
     right = vh[..., :terms, :].mT * root[..., None, :] / column[..., :, None]
     return left.movedim(-1, 0).to(factor), right.movedim(-1, 0).to(factor)
+
+
+def _leading_svd(
+    matrix: Tensor, rank: int, *, spare: int = 8, steps: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At least `rank` leading singular triples, by subspace iteration; exact where they are all of them.
+
+    Halko, Martinsson and Tropp (2011), "Finding Structure with Randomness", algorithm 4.4.
+    """
+    width = min(rank + spare, *matrix.shape[-2:])
+    start = torch.randn(matrix.shape[-1], width, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
+    for _ in range(steps):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ u, s, vh
 
 
 class InEigenbasis(Preconditioned):
@@ -80,10 +95,10 @@ class InEigenbasis(Preconditioned):
 
     def layer(self, name: str, block: Block) -> Tensor:
         rotated, own = in_basis(block, self.bases[name], self._shared), self.blocks[name]
-        if isinstance(own, list):
+        if isinstance(own, Factored):
             if isinstance(rotated, Factored) and rotated.pos == 1:
-                return torch.stack([inner(term, rotated) for term in own]).sum(0)
-            own = sum(term.dense() for term in own)
+                return _over_terms(inner(own, rotated), self.n)
+            own = _over_terms(own.dense(), self.n)
         return inner(own, rotated)
 
     def finish_batch(self) -> None:
@@ -92,20 +107,20 @@ class InEigenbasis(Preconditioned):
     def dense(self) -> Gradients:
         found = {}
         for name, block in self.blocks.items():
-            whole = sum(term.dense() for term in block) if isinstance(block, list) else block
+            whole = _over_terms(block.dense(), self.n) if isinstance(block, Factored) else block
             found[name] = kronecker.change_back(
                 whole, *(None if q is None else q.to(whole) for q in self.bases[name])
             )
         return Gradients(found)
 
 
-def _separated(block: Factored, factor: Tensor, weight: Tensor, terms: int) -> list[Factored]:
+def _separated(block: Factored, factor: Tensor, weight: Tensor, terms: int) -> Factored:
+    """The queries once for each term, (term · query), so that one product serves all terms."""
     u, v = separable(factor, weight, terms)
-    shape = (1, 1) if u.ndim == 2 else (u.shape[1], 1, 1)
-    return [
-        Factored(
-            block.a * v[r].reshape(*shape, -1).to(block.a),
-            block.g * u[r].reshape(*shape, -1).to(block.g),
-        )
-        for r in range(len(u))
-    ]
+    a = torch.cat([block.a * each[..., None, None, :].to(block.a) for each in v], dim=-3)
+    g = torch.cat([block.g * each[..., None, None, :].to(block.g) for each in u], dim=-3)
+    return Factored(a, g)
+
+
+def _over_terms(x: Float[Tensor, "term_query ..."], n: int) -> Tensor:
+    return x.unflatten(0, (-1, n)).sum(0)

@@ -12,7 +12,7 @@ from headwater.core.damping import Damping, Inverse
 from headwater.core.examples import TensorExamples
 from headwater.core.gradients import Factored, Gradients
 from headwater.core.task import Classification
-from tests.curvature_cases import EVERY, Case, autograd_rows, case
+from tests.curvature_cases import EVERY, Case, autograd_rows, case, shared
 
 RHO = 3e-3
 
@@ -34,8 +34,8 @@ def random_gradients(fitted, n: int = 3) -> Gradients:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_damped_inverse_and_any_function_equal_the_dense_matrix(name):
-    found = case(name)
-    dense, dual = found.fit(Dense()), found.fit(Dual(cut=0.0))
+    found = shared(name)
+    dense, dual = found.fitted(Dense()), found.fitted(Dual(cut=0.0))
     x = random_gradients(dual)
     for function in (Inverse(Damping(RHO)), Inverse(Damping(0.1, "relative")), source):
         expected = dense.curvature.apply(x, function).to_matrix()
@@ -44,17 +44,24 @@ def test_damped_inverse_and_any_function_equal_the_dense_matrix(name):
             dual.curvature.apply(x, function).to_matrix(), expected, rtol=1e-8, atol=1e-8
         )
         quadratic = dual.curvature.quadratic(x, function)
-        torch.testing.assert_close(quadratic, (x.to_matrix() * expected).sum(1), rtol=1e-8, atol=1e-8)
-    assert dual.curvature.mean_eigenvalue == pytest.approx(dense.curvature.mean_eigenvalue, rel=1e-9)
+        torch.testing.assert_close(
+            quadratic, (x.to_matrix() * expected).sum(1), rtol=1e-8, atol=1e-8
+        )
+    assert dual.curvature.mean_eigenvalue == pytest.approx(
+        dense.curvature.mean_eigenvalue, rel=1e-9
+    )
     mine, theirs = (f.curvature.spectra()["all layers"] for f in (dual, dense))
     torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["mlp", "short positions"])
 def test_queries_left_as_combinations_score_as_preconditioned_ones(name):
-    found = case(name)
-    curvature = found.fit(Dual(cut=0.0)).curvature
-    x, data = random_gradients(found.fit("identity"), 6), random_gradients(found.fit("identity"), 9)
+    found = shared(name)
+    curvature = found.fitted(Dual(cut=0.0)).curvature
+    x, data = (
+        random_gradients(found.fitted("identity"), 6),
+        random_gradients(found.fitted("identity"), 9),
+    )
     function = Inverse(Damping(RHO))
     expected = curvature.apply(x, function).inner(data)
     kinds = set()
@@ -70,9 +77,9 @@ def test_queries_left_as_combinations_score_as_preconditioned_ones(name):
 
 
 def test_rows_with_several_positions_stay_factored_where_that_is_smaller():
-    rows = case("short positions").fit(Dual()).curvature.rows
+    rows = shared("short positions").fitted(Dual()).curvature.rows
     assert isinstance(rows.blocks["layers.0"], Factored) and rows.blocks["layers.0"].pos == 2
-    dense = case("conv").fit(Dual()).curvature.rows
+    dense = shared("conv").fitted(Dual()).curvature.rows
     assert not isinstance(dense.blocks["second"], Factored)
 
 
@@ -111,12 +118,12 @@ def test_lost_trace_is_what_the_dropped_labels_carry():
 
 
 def test_empirical_and_drawn_rows():
-    found = case("mlp")
-    given = found.fit(Dual(fisher="empirical"))
+    found = shared("mlp")
+    given = found.fitted(Dual(fisher="empirical"))
     loss = autograd_rows(given, found.task.loss, found.train)
     V = torch.cat(list(loss.values()), dim=1)
     torch.testing.assert_close(given.curvature.gram, V @ V.mT)
-    drawn = found.fit(Dual(fisher="mc", draws=3)).curvature
+    drawn = found.fitted(Dual(fisher="mc", draws=3)).curvature
     assert len(drawn.rows) == 3 * 18 and "lost_trace" not in drawn.facts
 
 
@@ -169,7 +176,10 @@ def test_more_rows_than_parameters():
     g = random_gradients(found.fit("identity"))
     for function in (Inverse(Damping(RHO)), source):
         torch.testing.assert_close(
-            dual.apply(g, function).to_matrix(), dense.apply(g, function).to_matrix(), rtol=1e-8, atol=1e-8
+            dual.apply(g, function).to_matrix(),
+            dense.apply(g, function).to_matrix(),
+            rtol=1e-8,
+            atol=1e-8,
         )
 
 
@@ -212,14 +222,16 @@ def test_single_precision_says_when_it_fails():
 
 def test_too_many_rows_are_refused_with_remedies():
     with pytest.raises(ValueError, match=r"max_rows=20 rows.*Raise `cut`.*fisher='mc'.*EKFAC"):
-        case("mlp").fit(Dual(cut=0.0, max_rows=20))
+        shared("mlp").fitted(Dual(cut=0.0, max_rows=20))
 
 
 def test_comes_back_from_its_tensors():
-    found = case("conv")
-    curvature = found.fit(Dual()).curvature
+    found = shared("conv")
+    curvature = found.fitted(Dual()).curvature
     again = DualCurvature.from_tensors(curvature.tensors(), curvature.facts)
-    x = random_gradients(found.fit("identity"))
+    x = random_gradients(found.fitted("identity"))
     function = Inverse(Damping(RHO))
-    assert torch.equal(again.apply(x, function).to_matrix(), curvature.apply(x, function).to_matrix())
+    assert torch.equal(
+        again.apply(x, function).to_matrix(), curvature.apply(x, function).to_matrix()
+    )
     assert again.n_replicates == curvature.n_replicates == 5

@@ -18,6 +18,7 @@ from tests.curvature_cases import (
     dense_gauss_newton,
     loss_gradients,
     position_regression,
+    shared,
 )
 
 EXACT = {"fisher": "exact", "cut": 0.0}
@@ -59,15 +60,15 @@ def test_reduce_is_exact_where_positions_are_pooled():
 
 
 def test_gains_and_biases_of_a_norm_are_exact_blocks():
-    fitted = case("norm").fit(KFAC(**EXACT))
+    fitted = shared("norm").fitted(KFAC(**EXACT))
     exact = blocks_of(dense_gauss_newton(fitted), fitted)
     torch.testing.assert_close(block_matrices(fitted)["1"], exact["1"], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["mlp", "positions", "conv", "lm"])
 def test_ekfac_is_nearer_the_exact_block_than_kfac(name):
-    found = case(name)
-    kfac, ekfac = found.fit(KFAC(**EXACT)), found.fit(EKFAC(**EXACT))
+    found = shared(name)
+    kfac, ekfac = found.fitted(KFAC(**EXACT)), found.fitted(EKFAC(**EXACT))
     exact = blocks_of(dense_gauss_newton(ekfac), ekfac)
     ours, theirs = block_matrices(ekfac), block_matrices(kfac)
     for name, block in exact.items():
@@ -77,7 +78,7 @@ def test_ekfac_is_nearer_the_exact_block_than_kfac(name):
 
 @pytest.mark.parametrize("name", ["mlp", "positions", "conv", "lm", "regression"])
 def test_ekfac_eigenvalues_are_the_diagonal_of_the_exact_block_in_the_eigenbasis(name):
-    fitted = case(name).fit(EKFAC(**EXACT))
+    fitted = shared(name).fitted(EKFAC(**EXACT))
     exact = blocks_of(dense_gauss_newton(fitted), fitted)
     for layer in fitted.followed:
         Q_A, Q_G = fitted.curvature.bases[layer.name]
@@ -90,14 +91,16 @@ def test_ekfac_eigenvalues_are_the_diagonal_of_the_exact_block_in_the_eigenbasis
 
 
 def test_diagonal_is_the_diagonal():
-    fitted = case("conv").fit(Diagonal(**EXACT))
+    fitted = shared("conv").fitted(Diagonal(**EXACT))
     exact = blocks_of(dense_gauss_newton(fitted), fitted)
     for name, eigenvalues in fitted.curvature.eigenvalues.items():
-        torch.testing.assert_close(eigenvalues.flatten(), exact[name].diagonal(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            eigenvalues.flatten(), exact[name].diagonal(), rtol=1e-9, atol=1e-12
+        )
 
 
 def test_empirical_labels_give_the_second_moment_of_the_given_gradients():
-    fitted = case("mlp").fit(Diagonal(fisher="empirical"))
+    fitted = shared("mlp").fitted(Diagonal(fisher="empirical"))
     expected = loss_gradients(fitted).square().mean(0)
     eigenvalues = fitted.curvature.eigenvalues
     found = torch.cat([eigenvalues[layer.name].flatten() for layer in fitted.followed])
@@ -115,19 +118,23 @@ def test_drawn_labels_approach_the_exact_fisher():
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "lm"])
 def test_any_function_is_the_dense_matrix_function(name):
-    fitted = case(name).fit(EKFAC(**EXACT))
+    fitted = shared(name).fitted(EKFAC(**EXACT))
     matrices = block_matrices(fitted)
     x = Gradients({layer.name: torch.randn(2, *layer.block).double() for layer in fitted.followed})
     applied = fitted.curvature.apply(x, lambda e, mean: (-3 * e).exp() + mean)
     for layer in fitted.followed:
         mean = fitted.curvature.eigenvalues[layer.name].mean()
-        matrix = torch.matrix_exp(-3 * matrices[layer.name]) + mean * torch.eye(layer.numel).double()
+        matrix = (
+            torch.matrix_exp(-3 * matrices[layer.name]) + mean * torch.eye(layer.numel).double()
+        )
         expected = x.blocks[layer.name].flatten(1) @ matrix
-        torch.testing.assert_close(applied.blocks[layer.name].flatten(1), expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(
+            applied.blocks[layer.name].flatten(1), expected, rtol=1e-8, atol=1e-10
+        )
 
 
 def test_quadratic_forms_are_those_of_apply():
-    fitted = case("conv").fit(EKFAC(**EXACT))
+    fitted = shared("conv").fitted(EKFAC(**EXACT))
     x = Gradients({layer.name: torch.randn(3, *layer.block).double() for layer in fitted.followed})
     function = Inverse(Damping(0.1, "relative"))
     expected = (x.to_matrix() * fitted.curvature.apply(x, function).to_matrix()).sum(1)
@@ -135,13 +142,13 @@ def test_quadratic_forms_are_those_of_apply():
 
 
 def test_a_long_side_keeps_its_diagonal():
-    found = case("mlp")
-    fitted = found.fit(EKFAC(max_factor=5, **EXACT))  # the first layer reads 6 numbers and a one
+    found = shared("mlp")
+    fitted = found.fitted(EKFAC(max_factor=5, **EXACT))  # the first layer reads 6 numbers and a one
     assert fitted.curvature.bases["0"][0] is None
-    whole = found.fit(Diagonal(**EXACT)).curvature.eigenvalues["0"]
+    whole = found.fitted(Diagonal(**EXACT)).curvature.eigenvalues["0"]
     rotated = fitted.curvature.eigenvalues["0"]
     torch.testing.assert_close(rotated.sum(0), whole.sum(0))  # the other side is only rotated
-    kfac = found.fit(KFAC(max_factor=2, **EXACT)).curvature
+    kfac = found.fitted(KFAC(max_factor=2, **EXACT)).curvature
     assert kfac.bases["0"] == (None, None)
     assert kfac.facts["moments_examples"] == 18
 
@@ -165,16 +172,16 @@ def test_shared_inputs_give_what_separate_inputs_give(monkeypatch):
 
 
 def test_replicates_leave_out_one_fold_each():
-    found = case("mlp")
-    curvature = found.fit(EKFAC(folds=3, **EXACT)).curvature
+    found = shared("mlp")
+    curvature = found.fitted(EKFAC(folds=3, **EXACT)).curvature
     replicates = curvature.replicates()
     assert len(replicates) == curvature.n_replicates == 3
     for name, e in curvature.eigenvalues.items():
         n = torch.tensor([r.n_examples for r in replicates])
         means = sum(w * r.eigenvalues[name] for w, r in zip(n, replicates, strict=True))
         torch.testing.assert_close(means / n.sum(), e)  # each fold is missing once
-    assert found.fit(EKFAC(folds=1, **EXACT)).curvature.replicates() == []
-    assert found.fit(KFAC(**EXACT)).curvature.n_replicates == 0
+    assert found.fitted(EKFAC(folds=1, **EXACT)).curvature.replicates() == []
+    assert found.fitted(KFAC(**EXACT)).curvature.n_replicates == 0
 
 
 @pytest.mark.parametrize("method", [Identity(), Diagonal(), KFAC(), EKFAC(max_factor=5)])
@@ -211,4 +218,4 @@ def test_bad_options_are_refused(options):
 
 def test_a_tolerance_without_folds_is_refused():
     with pytest.raises(ValueError, match="folds=5"):
-        case("mlp").fit(EKFAC(tolerance=0.1, folds=1))
+        shared("mlp").fitted(EKFAC(tolerance=0.1, folds=1))

@@ -56,7 +56,9 @@ def bases(seed: int = 0) -> dict:
 def make(kind: str):
     if kind == "eigenvalues":
         return EigenvalueSums(LAYERS, bases(), folds=2)
-    return SecondMoments(LAYERS, reduce=kind == "reduce", max_factor=3 if kind == "diagonal" else 99)
+    return SecondMoments(
+        LAYERS, reduce=kind == "reduce", max_factor=3 if kind == "diagonal" else 99
+    )
 
 
 def state(accumulator) -> dict:
@@ -106,7 +108,11 @@ def test_second_moments_equal_loops():
     moments = found.finish()
     assert moments.keys() == {"A:x", "G:x", "G:y", "A:c", "G:c"}
     for r in rows:
-        A = sum(torch.einsum("...i,...j->...ij", r.a[..., n, t, :], r.a[..., n, t, :]) for n in range(N) for t in range(POS))
+        A = sum(
+            torch.einsum("...i,...j->...ij", r.a[..., n, t, :], r.a[..., n, t, :])
+            for n in range(N)
+            for t in range(POS)
+        )
         G = sum(
             weights[n] * torch.einsum("...i,...j->...ij", r.g[..., n, t, :], r.g[..., n, t, :])
             for n in range(N)
@@ -119,7 +125,10 @@ def test_second_moments_equal_loops():
 def test_masked_positions_do_not_count():
     layer = layer_of("x", 2, 3)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
-    a, g = torch.randn(2, 3, 3).double() * mask[..., None], torch.randn(2, 3, 2).double() * mask[..., None]
+    a, g = (
+        torch.randn(2, 3, 3).double() * mask[..., None],
+        torch.randn(2, 3, 2).double() * mask[..., None],
+    )
     info = BatchInfo(torch.arange(2))
     expand, reduce = SecondMoments([layer]), SecondMoments([layer], reduce=True)
     for moments in (expand, reduce):
@@ -142,7 +151,8 @@ def test_eigenvalues_equal_loops(pos):
     for r in rows:
         Q_A, Q_G = Q[r.layer.name]
         each = [
-            weights[n] * (Q_G.mT @ r.g[..., n, :, :].mT @ r.a[..., n, :, :] @ Q_A).square() for n in range(N)
+            weights[n] * (Q_G.mT @ r.g[..., n, :, :].mT @ r.a[..., n, :, :] @ Q_A).square()
+            for n in range(N)
         ]
         sums = found.finish()[r.layer.name]
         torch.testing.assert_close(sums[0], sum(each[:5]))

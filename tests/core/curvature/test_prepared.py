@@ -7,7 +7,7 @@ from headwater.core.curvature import EKFAC, Diagonal
 from headwater.core.curvature.prepared import InEigenbasis, separable
 from headwater.core.damping import Damping, Inverse
 from headwater.core.gradients import Factored, Gradients, dense
-from tests.curvature_cases import case
+from tests.curvature_cases import shared
 
 FUNCTION = Inverse(Damping(0.01))
 
@@ -17,7 +17,10 @@ def gradients(fitted, n: int, pos: int | None) -> Gradients:
     blocks = {}
     for layer in fitted.followed:
         lead = layer.block[:-2]
-        a, g = torch.randn(*lead, n, pos or 1, layer.shape[2]), torch.randn(*lead, n, pos or 1, layer.shape[1])
+        a, g = (
+            torch.randn(*lead, n, pos or 1, layer.shape[2]),
+            torch.randn(*lead, n, pos or 1, layer.shape[1]),
+        )
         block = Factored(a.double(), g.double())
         blocks[layer.name] = block if pos else dense(block)
     return Gradients(blocks)
@@ -27,7 +30,7 @@ def gradients(fitted, n: int, pos: int | None) -> Gradients:
 @pytest.mark.parametrize("pos", [None, 1, 3])
 @pytest.mark.parametrize("method", [EKFAC(), EKFAC(max_factor=4), Diagonal()])
 def test_both_forms_score_alike(name, pos, method):
-    fitted = case(name).fit(method)
+    fitted = shared(name).fitted(method)
     queries, data = gradients(fitted, 3, pos), gradients(fitted, 5, 2)
     expected = fitted.curvature.apply(queries, FUNCTION).inner(data)
     kinds = set()
@@ -42,7 +45,7 @@ def test_both_forms_score_alike(name, pos, method):
 
 
 def test_inputs_that_layers_share_are_rotated_once_a_batch():
-    fitted = case("lm").fit(EKFAC())
+    fitted = shared("lm").fitted(EKFAC())
     prepared = fitted.curvature.prepare(gradients(fitted, 2, None), FUNCTION, 1)
     assert isinstance(prepared, InEigenbasis)
     a = torch.randn(3, 4, 5).double()
@@ -58,7 +61,7 @@ def test_inputs_that_layers_share_are_rotated_once_a_batch():
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])
 def test_as_many_terms_as_the_shorter_side_are_exact(name):
-    fitted = case(name).fit(EKFAC())
+    fitted = shared(name).fitted(EKFAC())
     queries, data = gradients(fitted, 3, 1), gradients(fitted, 5, 1)
     expected = fitted.curvature.apply(queries, FUNCTION).inner(data)
     errors = []
@@ -67,7 +70,7 @@ def test_as_many_terms_as_the_shorter_side_are_exact(name):
         scores = sum(prepared.layer(n, b) for n, b in data.blocks.items())
         errors.append(float((scores - expected).norm() / expected.norm()))
         torch.testing.assert_close(prepared.dense().inner(data), scores)
-    assert errors[2] < 1e-9 and errors[1] < errors[0]
+    assert errors[2] < 1e-9 < errors[1]
     several = gradients(fitted, 5, 2)  # data with more positions take the same form, multiplied out
     scores = sum(prepared.layer(n, b) for n, b in several.blocks.items())
     expected = fitted.curvature.apply(queries, FUNCTION).inner(several)
