@@ -348,8 +348,11 @@ class _Clock:
         return told if isinstance(told, float) else time.perf_counter() - started
 
     def once(self, work: Callable[[], Any]) -> float:
-        """Seconds of work that is done once."""
-        return self._time(lambda _: (work(), None)[1], [])
+        """Seconds of work that is done once: the better of two runs where they are short."""
+        seconds = self._time(lambda _: (work(), None)[1], [])
+        if seconds < self.limit:
+            seconds = min(seconds, self._time(lambda _: (work(), None)[1], []))
+        return seconds
 
 
 class _Needs:

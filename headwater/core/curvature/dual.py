@@ -226,7 +226,7 @@ def gram_matrix(rows: Gradients) -> Float[Tensor, "row row"]:
         part = slice(start, start + step)
         for block in rows.blocks.values():
             total[part, start:] += inner(block[part], block[start:]).double().cpu()
-        total[start:, part] = total[part, start:].mT
+        total[start:, part] = total[part, start:].mT.clone()
     return total
 
 
