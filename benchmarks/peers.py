@@ -12,8 +12,8 @@ from workloads import Workload
 
 # Examples a batch, the fastest of those tried (see docs/benchmarks/cost.md).
 BATCHES = {
-    "mlp": {"covariance": 1_000, "eigenvalues": 64, "scores": 256, "self": 64},
-    "gpt": {"covariance": 16, "eigenvalues": 16, "scores": 16, "self": 16},
+    "mlp": {"covariance": 1_000, "eigenvalues": 16, "scores": 512, "self": 128},
+    "gpt": {"covariance": 8, "eigenvalues": 8, "scores": 16, "self": 8},
 }
 
 

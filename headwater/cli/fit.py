@@ -115,11 +115,15 @@ def run(words: list[str]) -> int:
             if isinstance(value, float)
             else f"  {name}: {value}"
         )
+    from headwater.core.store import read_json
+
     damping = fitted.damping()
     say(
         f"  damping {damping.value:.3g} ({damping.unit}, {damping.source}), "
         f"{fitted.damping_ratio(damping):.3g} times the mean eigenvalue"
     )
+    cost = read_json(command.out / RUN)["cost"]
+    say(f"  cost {cost['fit_seconds'] / cost['pass_seconds']:.2g} plain passes over the data")
     say(f'Saved in {command.out}. Next: headwater trace {command.out} --prompt "…"')
     return 0
 
@@ -127,7 +131,7 @@ def run(words: list[str]) -> int:
 def fit_session(session: Session, command: Fit, *, quiet: bool = False) -> Any:
     """Fit, write the run's record, and return the fit."""
     from headwater.core.fit import fit
-    from headwater.core.store import write_json
+    from headwater.core.store import read_json, write_json
     from headwater.core.task import CausalLM
 
     record = dict(session.record)
@@ -147,12 +151,20 @@ def fit_session(session: Session, command: Fit, *, quiet: bool = False) -> Any:
             progress=progress,
             **record,
         )
-    write_json(command.out / RUN, {"fit": to_json(command), "traces": _traces(command.out)})
+    old = read_json(command.out / RUN) if (command.out / RUN).is_file() else {}
+    cost, seconds = old.get("cost", {}), fitted.facts["seconds"]
+    if cost.get("fit_seconds") != seconds:  # else the fit was found finished
+        cost = {"pass_seconds": _pass_seconds(fitted), "fit_seconds": seconds}
+    write_json(
+        command.out / RUN,
+        {"fit": to_json(command), "cost": cost, "traces": old.get("traces", {})},
+    )
     return fitted
 
 
-def _traces(out: Path) -> dict[str, Any]:
-    from headwater.core.store import read_json
+def _pass_seconds(fitted: Any) -> float:
+    """Seconds of an ordinary forward and backward pass over the training data, from two batches."""
+    from headwater.core.cost import plain_pass_seconds
 
-    place = out / RUN
-    return read_json(place).get("traces", {}) if place.is_file() else {}
+    batches = fitted.batches(fitted.train)
+    return plain_pass_seconds(fitted.model, fitted.task, fitted.train, batches, n=2)

@@ -14,18 +14,22 @@ from headwater.cli.fit import CurvatureFlags
 class Plan:
     """Predict time, memory and disk before they are spent, from a few seconds of measurement.
 
+    The exit code is 1 when they do not suffice.
+
     Example: headwater plan path/to/model train.jsonl --n-queries 20
 
     Args:
         model: Model folder, GGUF file, or adapter folder.
         data: The training data.
         n_queries: Queries that will be asked.
+        out: The run folder that the fit will go to, whose disk is looked at.
         json: Print the result as JSON.
     """
 
     model: tyro.conf.Positional[Path]
     data: tyro.conf.Positional[Path]
     n_queries: int = 10
+    out: Path = Path("runs")
     kind: Annotated[CurvatureFlags, tyro.conf.arg(name="")] = field(default_factory=CurvatureFlags)
     columns: Annotated[DataFlags, tyro.conf.arg(name="")] = field(default_factory=DataFlags)
     weights: Annotated[ModelFlags, tyro.conf.arg(name="")] = field(default_factory=ModelFlags)
@@ -51,9 +55,10 @@ def run(words: list[str]) -> int:
         skip=session.skip,
         n_queries=command.n_queries,
         batch_tokens=command.follow.batch_tokens,
+        folder=command.out,
     )
     if command.json:
         emit_json(made.to_json())
     else:
         show_plan(made)
-    return 0
+    return 0 if made.ok else 1

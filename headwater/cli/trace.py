@@ -1,6 +1,6 @@
 """`headwater trace`: which training examples raised or lowered a completion."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -129,6 +129,7 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
 
 
 def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
+    from headwater.core.cost import peak_memory_bytes
     from headwater.core.fit import load
     from headwater.core.task import CausalLM
     from headwater.report.explain import explain
@@ -150,7 +151,7 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
         "command": f"headwater trace {command.run.name}",
     }
     with progress_bar(quiet=quiet) as progress:
-        return explain(
+        evidence = explain(
             fitted,
             queries,
             influence=method,
@@ -162,6 +163,11 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
             facts=known | facts,
             progress=progress,
         )
+    seconds = {"fit": fitted.facts["seconds"], "trace": evidence.facts["seconds"]}
+    unit = record.get("cost", {}).get("pass_seconds")
+    cost = {"cost": {name: s / unit for name, s in seconds.items()}} if unit else {}
+    measured = {"seconds": seconds, "peak_memory": peak_memory_bytes()} | cost
+    return replace(evidence, facts=evidence.facts | measured)
 
 
 def _queries(command: Trace, session: Any) -> Any:
@@ -184,4 +190,6 @@ def _queries(command: Trace, session: Any) -> Any:
         if command.rather_than
         else (prompts, completions)
     )
-    return completion_examples(language.tokenizer, *both, chat=command.chat)
+    return completion_examples(
+        language.tokenizer, *both, chat=command.chat, max_length=language.context_length
+    )

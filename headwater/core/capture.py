@@ -497,7 +497,7 @@ def sweep(
         target: What is differentiated.
         batches: The batches, from `plan_batches` when left out.
         checkpoint: Where to keep the state, so that a killed sweep goes on where it stopped.
-        save_every: Seconds between two saves.
+        save_every: Least seconds between two saves; more where a save takes long, so that saving stays a twentieth.
         progress: Called with (batches done, batches in all, note).
         note: What the sweep is for.
         stop: Asked after each batch; true ends the sweep early.
@@ -507,7 +507,7 @@ def sweep(
     start, finished = _resume(checkpoint, accumulators, facts)
     if finished:
         return start
-    saved, done = time.monotonic(), start
+    saved, wait, done = time.monotonic(), save_every, start
 
     def load(plan: BatchPlan) -> Any:
         return examples.batch(plan.indices)
@@ -522,9 +522,10 @@ def sweep(
             done = number + 1
             if progress is not None:
                 progress(done, len(plans), note)
-            if checkpoint is not None and time.monotonic() - saved > save_every:
+            if checkpoint is not None and (began := time.monotonic()) - saved > wait:
                 _save(checkpoint, accumulators, facts | {"done": done, "finished": False})
                 saved = time.monotonic()
+                wait = max(save_every, 20 * (saved - began))
             if stop is not None and stop():
                 break
     if checkpoint is not None:

@@ -243,6 +243,7 @@ def fit(
         ArtifactMismatch: The folder holds the fit of another model, other data or another task.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(3, 2)
         >>> data = (torch.randn(20, 3), torch.randint(2, (20,)))
         >>> from headwater.core.task import Classification

@@ -42,3 +42,12 @@ def eigh(
     )
     vectors, values, _ = torch.linalg.svd(matrix)
     return values.flip(-1), vectors.flip(-1)
+
+
+def eigvalsh(matrix: Float[Tensor, "*lead dim dim"]) -> Float[Tensor, "*lead dim"]:
+    """The eigenvalues alone, as `eigh` has them, at a fraction of its cost."""
+    matrix = matrix.double()
+    try:
+        return torch.linalg.eigvalsh((matrix + matrix.mT) / 2).clamp(min=0)
+    except torch.linalg.LinAlgError:
+        return eigh(matrix)[0]

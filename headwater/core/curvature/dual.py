@@ -115,6 +115,7 @@ class DualCurvature(Curvature):
         self.gram = gram_matrix(rows) if gram is None else gram
         self.n_parameters = sum(_numel(block) for block in rows.blocks.values())
         self.facts = facts or {}
+        self._spectrum: Tensor | None = None
         self._solved: tuple[SpectralFunction, tuple[Tensor, float, bool]] | None = None
 
     @property
@@ -122,8 +123,10 @@ class DualCurvature(Curvature):
         return float(self.gram.diagonal().sum()) / self.n_examples / self.n_parameters
 
     def spectra(self) -> dict[str, Tensor]:
-        s = spectral.eigh(self.gram / self.n_examples)[0][-self.n_parameters :]
-        return {"all layers": torch.cat([s.new_zeros(self.n_parameters - len(s)), s])}
+        if self._spectrum is None:
+            s = spectral.eigvalsh(self.gram / self.n_examples)[-self.n_parameters :]
+            self._spectrum = torch.cat([s.new_zeros(self.n_parameters - len(s)), s])
+        return {"all layers": self._spectrum}
 
     def _middle(self, function: SpectralFunction) -> tuple[Tensor, float, bool]:
         """M and f(0), as a Cholesky factor where f is the damped inverse; kept for the next queries."""
