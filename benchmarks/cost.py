@@ -123,6 +123,9 @@ class Ours:
     def first20(self) -> Callable:
         return self._score("fit", 20, terms=8)
 
+    def first200_4(self) -> Callable:
+        return self._score("fit", 200, terms=4)
+
     def first200(self) -> Callable:
         return self._score("fit", 200, terms=8)
 
@@ -198,6 +201,7 @@ ROWS = (
     Row("exact scores, 200 queries", ("scores200",), ("scores200",), mlp=90.0, gpt=0.95),
     Row("exact scores with intervals, 20 queries", ("intervals",)),
     Row("first stage, 8 terms, 20 queries", ("first20",), mlp=4.0, only="mlp"),
+    Row("first stage, 4 terms, 200 queries", ("first200_4",), mlp=4.0, only="mlp"),
     Row("first stage, 8 terms, 200 queries", ("first200",), mlp=4.0, only="mlp"),
     Row("self-influence of everything", ("self_influence",), ("self_influence",), mlp=2.5, gpt=1.2),
     Row("gradient inner products, 20 queries", ("dot20",)),
@@ -321,8 +325,14 @@ def _cell(cost: dict[str, float] | None) -> str:
     return f"{passes} ({cost['wall']:.1f} s, {cost['memory'] / 1e6:.0f})"
 
 
-def agreement(folder: Path) -> dict[str, float]:
-    """Mean rank correlation over queries: ours with the peer's, and cheaper answers with exact ones."""
+def kept(a: Tensor, b: Tensor, k: int = 10) -> float:
+    """Share of the k strongest of b, by size, that are among the k strongest of a."""
+    first, second = (torch.zeros_like(x).scatter_(-1, x.abs().topk(k).indices, 1.0) for x in (a, b))
+    return float((first * second).sum(-1).mean()) / k
+
+
+def agreement(folder: Path) -> dict[str, tuple[float, float]]:
+    """Ours with the peer's, and cheaper answers with exact ones: mean rank correlation, share of top tens."""
     pairs = {
         "exact scores, 200 queries, ours and the peer's": ("ours-scores200", "peer-scores200"),
         "self-influence, ours and the peer's": ("ours-self_influence", "peer-self_influence"),
@@ -330,7 +340,11 @@ def agreement(folder: Path) -> dict[str, float]:
             "ours-stopped_scores",
             "ours-scores20",
         ),
-        "first stage and exact scores, 200 queries": ("ours-first200", "ours-scores200"),
+        "first stage (4 terms) and exact scores, 200 queries": (
+            "ours-first200_4",
+            "ours-scores200",
+        ),
+        "first stage (8 terms) and exact scores, 200 queries": ("ours-first200", "ours-scores200"),
         "dual and EK-FAC scores, 200 queries": ("ours-dual200", "ours-scores200"),
     }
     found = {}
@@ -338,7 +352,7 @@ def agreement(folder: Path) -> dict[str, float]:
         files = [folder / f"{n}.safetensors" for n in names]
         if all(f.exists() for f in files):
             a, b = (torch.atleast_2d(load_file(f)["values"]).double() for f in files)
-            found[title] = float(spearman(a, b).mean())
+            found[title] = float(spearman(a, b).mean()), kept(a, b)
     return found
 
 
@@ -352,12 +366,14 @@ class Options:
         repeats: Times each stage runs; stages of more than 30 CPU seconds run once. 0 chooses 5 for the network
             and 1 for the language model.
         only: Names of stages to run, such as fit or scores20; others keep what runs/bench holds.
+        show: Run nothing and print what runs/bench holds.
     """
 
     workload: Literal["mlp", "gpt", "all"] = "all"
     ours_only: bool = False
     repeats: int = 0
     only: tuple[str, ...] = ()
+    show: bool = False
 
 
 def main(options: Options) -> None:
@@ -370,12 +386,14 @@ def main(options: Options) -> None:
         if not options.ours_only:
             stages += [("peer", s) for row in ROWS if row.only in ("", name) for s in row.peer]
         file = RUNS / f"cost-{name}.json"
-        kept = json.loads(file.read_text()) if options.only and file.exists() else {}
-        found: dict[str, dict[str, Any]] = kept.get("stages", {})
+        old = (
+            json.loads(file.read_text()) if (options.only or options.show) and file.exists() else {}
+        )
+        found: dict[str, dict[str, Any]] = old.get("stages", {})
         folder = RUNS / f"work-{name}"
         folder.mkdir(exist_ok=True)
         for tool, stage in dict.fromkeys(stages):
-            if options.only and stage not in options.only:
+            if options.show or (options.only and stage not in options.only):
                 continue
             print(f"{name}: {tool} {stage} ...", end=" ", file=sys.stderr, flush=True)
             found[f"{tool}:{stage}"] = one = run(name, tool, stage, folder, repeats)
@@ -383,12 +401,13 @@ def main(options: Options) -> None:
             agreed = agreement(folder)
             file.write_text(json.dumps({"stages": found, "agreement": agreed}, indent=1))
         print(f"\n### {workload.title}\n\n{table(name, found)}\n")
-        for title, value in agreement(folder).items():
-            print(f"- rank correlation, {title}: {value:.3f}")
+        print("| answers | rank correlation | of each top ten |\n|---|---|---|")
+        for title, (correlation, share) in agreement(folder).items():
+            print(f"| {title} | {correlation:.3f} | {100 * share:.0f} % |")
         facts = found.get("ours:stopped", {}).get("facts", {})
         if facts:
             told = ", ".join(f"{k} {v:.3g}" for k, v in facts.items() if isinstance(v, float))
-            print(f"- stopping rule at tolerance {TOLERANCE[name]}: {told}")
+            print(f"\nStopping rule at tolerance {TOLERANCE[name]}: {told}")
 
 
 if __name__ == "__main__":

@@ -475,6 +475,9 @@ def plan_batches(
     return plans
 
 
+_WORK_PER_SAVE = 20  # seconds of work for each second that a save took
+
+
 def sweep(
     capture: Capture,
     examples: Examples,
@@ -525,7 +528,7 @@ def sweep(
             if checkpoint is not None and (began := time.monotonic()) - saved > wait:
                 _save(checkpoint, accumulators, facts | {"done": done, "finished": False})
                 saved = time.monotonic()
-                wait = max(save_every, 20 * (saved - began))
+                wait = max(save_every, _WORK_PER_SAVE * (saved - began))
             if stop is not None and stop():
                 break
     if checkpoint is not None:

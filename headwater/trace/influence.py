@@ -301,7 +301,7 @@ def _replicate_scores(
 ) -> Float[Tensor, "replicate query some"]:
     """Inner products under the curvature with each fold left out in turn, in one sweep."""
     replicates = fit.curvature.replicates()
-    if isinstance(fit.curvature, Layerwise):
+    if isinstance(fit.curvature, Layerwise) and not fit.curvature.others:
         spectra = {
             name: [r.spectra()[name] for r in replicates] for name in fit.curvature.eigenvalues
         }

@@ -91,6 +91,7 @@ def test_a_killed_fit_goes_on_to_the_same_bits(method, stop, tmp_path, monkeypat
     whole = found.fit(method, batch_size=3)
     clock = iter(range(0, 10**9, 100))
     monkeypatch.setattr(capture.time, "monotonic", lambda: next(clock))  # saves after every batch
+    monkeypatch.setattr(capture, "_WORK_PER_SAVE", 0)
     seen = []
 
     def kill(done, total, note):

@@ -6,6 +6,7 @@ the second moment of the gradients in that basis, the diagonal nearest to the tr
 sharing: Eschenhagen et al. 2023 (arXiv:2311.00636). Influence: Grosse et al. 2023 (arXiv:2308.03296).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,10 +21,12 @@ from headwater.core.curvature.base import (
     Preconditioned,
     SpectralFunction,
 )
+from headwater.core.curvature.folds import ByFold, MomentsByFold, affordable, eigenvalues_by_fold
 from headwater.core.curvature.moments import Basis, EigenvalueSums, LostTrace, SecondMoments
 from headwater.core.curvature.prepared import InEigenbasis, in_basis
 from headwater.core.damping import mean_of
 from headwater.core.gradients import Gradients, dense
+from headwater.core.layers import Layer
 from headwater.core.store import Checkpoint
 from headwater.core.target import Fisher, fisher_target
 from headwater.numerics import kronecker, spectral
@@ -36,8 +39,8 @@ class Layerwise(Curvature):
         bases: (Q_A, Q_G) of each layer; None stands for the identity.
         sums: Eigenvalues by fold, (fold, \*block), summed over the examples of the fold.
         n_folds: Examples in each fold.
-        kind: The name of the approximation.
         facts: Numbers worth telling.
+        others: The curvature with each fold left out, where these have eigenbases of their own.
     """
 
     kind: ClassVar[str] = "layerwise"
@@ -48,7 +51,9 @@ class Layerwise(Curvature):
         sums: dict[str, Tensor],
         n_folds: Tensor,
         facts: dict[str, Any] | None = None,
+        others: Sequence["Layerwise"] = (),
     ):
+        self.others = list(others)
         self.bases, self.sums, self.n_folds, self.facts = bases, sums, n_folds.double(), facts or {}
         self.n_examples = float(n_folds.sum())
         self.eigenvalues = {
@@ -95,6 +100,8 @@ class Layerwise(Curvature):
         return len(self.n_folds) if len(self.n_folds) > 1 else 0
 
     def replicates(self) -> list["Layerwise"]:
+        if self.others:
+            return self.others
         found = []
         for k in range(self.n_replicates):
             keep = torch.arange(len(self.n_folds)) != k
@@ -108,13 +115,23 @@ class Layerwise(Curvature):
             state |= {} if Q_A is None else {f"Q_A:{name}": Q_A}
             state |= {} if Q_G is None else {f"Q_G:{name}": Q_G}
             state[f"sums:{name}"] = self.sums[name]
+        for k, other in enumerate(self.others):
+            state |= {f"without {k}:{name}": t for name, t in other.tensors().items()}
         return state
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Layerwise":
         names = [k.removeprefix("sums:") for k in tensors if k.startswith("sums:")]
         bases = {n: (tensors.get(f"Q_A:{n}"), tensors.get(f"Q_G:{n}")) for n in names}
-        return cls(bases, {n: tensors[f"sums:{n}"] for n in names}, tensors["n_folds"], facts)
+        others = []
+        while own := _under(tensors, f"without {len(others)}:"):
+            others.append(cls.from_tensors(own, {}))
+        sums = {n: tensors[f"sums:{n}"] for n in names}
+        return cls(bases, sums, tensors["n_folds"], facts, others)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +187,7 @@ class _Sampled(CurvatureMethod):
     def _pass(
         self,
         context: FitContext,
-        accumulator: SecondMoments | EigenvalueSums,
+        accumulator: SecondMoments | EigenvalueSums | ByFold,
         *,
         stage: str,
         seed: int,
@@ -232,15 +249,14 @@ class KFAC(_Sampled):
     max_factor: int = 8192
     folds: int = 1
 
+    @property
+    def _moment_options(self) -> dict[str, Any]:
+        reduce = self.approximation == "reduce"
+        return {"reduce": reduce, "max_factor": self.max_factor, "seed": self.seed}
+
     def moments(self, context: FitContext) -> tuple[SecondMoments, LostTrace]:
         """The factors, from one sweep."""
-        layers = context.capture.layers.values()
-        moments = SecondMoments(
-            layers,
-            reduce=self.approximation == "reduce",
-            max_factor=self.max_factor,
-            seed=self.seed,
-        )
+        moments = SecondMoments(context.capture.layers.values(), **self._moment_options)
         return moments, self._pass(context, moments, stage="moments", seed=self.seed)
 
     def fit(self, context: FitContext) -> Layerwise:
@@ -259,14 +275,24 @@ class KFAC(_Sampled):
 
 @dataclass(frozen=True, kw_only=True)
 class EKFAC(KFAC):
-    """K-FAC's eigenbasis with eigenvalues corrected to the gradients' second moment in it."""
+    """K-FAC's eigenbasis with eigenvalues corrected to the gradients' second moment in it.
+
+    Args:
+        own_bases: Whether each fold's replicate, which the intervals come from, gets an eigenbasis of its own. It
+            costs one more rotation a fold; without it the intervals take the basis for known and are too narrow where
+            data are few. None decides by the size of the layers.
+    """
 
     kind: ClassVar[str] = "ekfac"
 
     folds: int = 5
+    own_bases: bool | None = None
 
     def fit(self, context: FitContext) -> Layerwise:
         self._check_folds()
+        layers = list(context.capture.layers.values())
+        if self.own_bases or (self.own_bases is None and affordable(layers, self.folds)):
+            return self._fit_by_fold(context, layers)
         moments, _ = self.moments(context)
         _, bases = eigenbases(moments)
         sums = EigenvalueSums(context.capture.layers.values(), bases, folds=self.folds)
@@ -274,6 +300,22 @@ class EKFAC(KFAC):
         lost = self._pass(context, sums, stage="eigenvalues", seed=self.seed + 1)
         facts = _facts(lost, moments=moments, eigenvalues=sums)
         return Layerwise(bases, sums.finish(), sums.n_examples, facts)
+
+    def _fit_by_fold(self, context: FitContext, layers: list[Layer]) -> Layerwise:
+        """The same, with a replicate for each fold that has its own factors, basis and eigenvalues."""
+        gathered = MomentsByFold(layers, self.folds, **self._moment_options)
+        self._pass(context, gathered, stage="moments", seed=self.seed)
+        left_out = [None, *range(self.folds)]
+        bases = [eigenbases(gathered.without(fold))[1] for fold in left_out]
+        sums = eigenvalues_by_fold(layers, bases, self.folds)
+        lost = self._pass(context, sums, stage="eigenvalues", seed=self.seed + 1)
+        whole, *rest = (m.accumulator for m in sums.members)
+        facts = _facts(lost, moments=gathered.without(None), eigenvalues=whole)
+        others = [
+            Layerwise(basis, other.finish(), other.n_examples)
+            for basis, other in zip(bases[1:], rest, strict=True)
+        ]
+        return Layerwise(bases[0], whole.finish(), whole.n_examples, facts, others)
 
 
 def eigenbases(moments: SecondMoments) -> tuple[dict[str, Tensor], dict[str, Basis]]:

@@ -6,8 +6,9 @@ factored query is not formed until its eigenvalues ask for it.
 
 A first stage is cheaper still. With $f(\lambda_{ij}) \approx \sum_r u_{ri} v_{rj}$ a score of two gradients of one
 position is $\sum_r \big((g'_q \circ u_r) \cdot g'_n\big)\big((a'_q \circ v_r) \cdot a'_n\big)$: products of small Gram
-matrices. The fit is weighted by the gradients' second moment (unweighted it is useless), for which the product of its
-row and column sums stands in, so that one singular value decomposition gives it.
+matrices. Here the queries' few vectors are rotated back, and the data's rows serve as they come. The fit is weighted
+by the gradients' second moment (unweighted it is useless), for which the product of its row and column sums stands
+in, so that one singular value decomposition gives it.
 """
 
 import torch
@@ -87,19 +88,17 @@ class InEigenbasis(Preconditioned):
     ):
         self.bases, self.n, self._shared = bases, len(rotated), SharedRotation()
         self.blocks = {
-            name: _separated(block, factors[name], weights[name], terms)
+            name: _separated(block, bases[name], factors[name], weights[name], terms)
             if terms is not None and isinstance(block, Factored) and block.pos == 1
             else dense(block) * factors[name].to(dense(block))
             for name, block in rotated.blocks.items()
         }
 
     def layer(self, name: str, block: Block) -> Tensor:
-        rotated, own = in_basis(block, self.bases[name], self._shared), self.blocks[name]
+        own = self.blocks[name]
         if isinstance(own, Factored):
-            if isinstance(rotated, Factored) and rotated.pos == 1:
-                return _over_terms(inner(own, rotated), self.n)
-            own = _over_terms(own.dense(), self.n)
-        return inner(own, rotated)
+            return _over_terms(inner(own, block), self.n)
+        return inner(own, in_basis(block, self.bases[name], self._shared))
 
     def finish_batch(self) -> None:
         self._shared.clear()
@@ -107,19 +106,23 @@ class InEigenbasis(Preconditioned):
     def dense(self) -> Gradients:
         found = {}
         for name, block in self.blocks.items():
-            whole = _over_terms(block.dense(), self.n) if isinstance(block, Factored) else block
-            found[name] = kronecker.change_back(
-                whole, *(None if q is None else q.to(whole) for q in self.bases[name])
-            )
+            if isinstance(block, Factored):
+                found[name] = _over_terms(block.dense(), self.n)
+            else:
+                Q_A, Q_G = (None if q is None else q.to(block) for q in self.bases[name])
+                found[name] = kronecker.change_back(block, Q_A, Q_G)
         return Gradients(found)
 
 
-def _separated(block: Factored, factor: Tensor, weight: Tensor, terms: int) -> Factored:
-    """The queries once for each term, (term · query), so that one product serves all terms."""
+def _separated(
+    block: Factored, basis: Basis, factor: Tensor, weight: Tensor, terms: int
+) -> Factored:
+    """The queries once for each term, (term · query), rotated back so that the data's rows serve as they are."""
     u, v = separable(factor, weight, terms)
     a = torch.cat([block.a * each[..., None, None, :].to(block.a) for each in v], dim=-3)
     g = torch.cat([block.g * each[..., None, None, :].to(block.g) for each in u], dim=-3)
-    return Factored(a, g)
+    Q_A, Q_G = (None if q is None else q.mT.to(a) for q in basis)
+    return Factored(kronecker.rotate(a, Q_A), kronecker.rotate(g, Q_G))
 
 
 def _over_terms(x: Float[Tensor, "term_query ..."], n: int) -> Tensor:
