@@ -44,9 +44,10 @@ class Kronfluence:
         workload: The model and its data.
         name: Key of the batch sizes.
         folder: Where its files go.
+        given: Whether the factors come from the given labels instead of drawn ones.
     """
 
-    def __init__(self, workload: Workload, name: str, folder: str):
+    def __init__(self, workload: Workload, name: str, folder: str, *, given: bool = False):
         task = SummedCrossEntropy(workload)
         self.workload, self.batch = workload, dict(BATCHES[name])
         model = prepare_model(copy.deepcopy(workload.model), task)
@@ -54,7 +55,7 @@ class Kronfluence:
             analysis_name="peer", model=model, task=task, cpu=True, output_dir=folder,
             disable_tqdm=True, log_level=logging.ERROR,
         )  # fmt: skip
-        self.factors = FactorArguments(strategy="ekfac")
+        self.factors = FactorArguments(strategy="ekfac", use_empirical_fisher=given)
         self.scoring = ScoreArguments(damping_factor=workload.damping)
 
     def covariance(self) -> None:

@@ -6,7 +6,7 @@ in a folder, so that every process that measures something starts from the same 
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from headwater.core.examples import Examples, TensorExamples
 from headwater.core.task import CausalLM, Classification, Task
@@ -58,6 +58,12 @@ class Workload:
     batch_size: int
     part: float
     title: str
+
+    def first(self, n: int) -> "Workload":
+        """The same with the first n training examples only."""
+        rows = range(n)
+        train, dataset = self.train.subset(rows), Subset(self.train_dataset, rows)
+        return replace(self, train=train, train_dataset=dataset)
 
     def plain_pass(self, share: float = 1.0) -> None:
         """One forward and backward pass over the training data, with weight gradients."""

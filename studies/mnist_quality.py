@@ -51,7 +51,9 @@ class Study:
             started = time.perf_counter()
             for start in range(0, len(x), 1000):
                 logits = self.model(x[start : start + 1000])
-                nn.functional.cross_entropy(logits, y[start : start + 1000], reduction="sum").backward()
+                nn.functional.cross_entropy(
+                    logits, y[start : start + 1000], reduction="sum"
+                ).backward()
             best = min(best, time.perf_counter() - started)
         self.model.zero_grad()
         return best
@@ -60,11 +62,19 @@ class Study:
         """The fit and its seconds."""
         started = time.perf_counter()
         fitted = headwater.fit(
-            self.model, self.train, self.task, curvature=curvature, weight_decay=WEIGHT_DECAY, horizon=HORIZON, batch_size=1000
+            self.model,
+            self.train,
+            self.task,
+            curvature=curvature,
+            weight_decay=WEIGHT_DECAY,
+            horizon=HORIZON,
+            batch_size=1000,
         )
         return fitted, time.perf_counter() - started
 
-    def score(self, fitted: headwater.core.fit.Fit, method: Attributor) -> tuple[Estimate, float, dict]:
+    def score(
+        self, fitted: headwater.core.fit.Fit, method: Attributor
+    ) -> tuple[Estimate, float, dict]:
         """The linear datamodeling score with its interval, the seconds, and the facts."""
         started = time.perf_counter()
         scores = method.attribute(fitted, self.queries)
@@ -73,7 +83,9 @@ class Study:
         return found, seconds, scores.facts
 
 
-def show(name: str, found: Estimate, fit: float, score: float, damping: float | None, ratio: float | None) -> None:
+def show(
+    name: str, found: Estimate, fit: float, score: float, damping: float | None, ratio: float | None
+) -> None:
     """One row of the table."""
     told = "" if damping is None else f"{damping:.2g} ({ratio:.3g})"
     print(
@@ -89,8 +101,12 @@ def main(folder: Path, *, sweep: bool = True, cg: int = 0) -> dict[str, Estimate
     plain = study.plain_seconds()
     k, r = study.outcomes.shape[:2]
     ceiling = noise_ceiling(study.outcomes.double())
-    print(f"{k} half-subsets x {r} retrainings; noise ceiling {ceiling}; a plain pass {plain:.3f} s\n")
-    print("| method | damping (times mean eigenvalue) | LDS [95 %] | fit, passes | 200 x 4,000 scores, passes |")
+    print(
+        f"{k} half-subsets x {r} retrainings; noise ceiling {ceiling}; a plain pass {plain:.3f} s\n"
+    )
+    print(
+        "| method | damping (times mean eigenvalue) | LDS [95 %] | fit, passes | 200 x 4,000 scores, passes |"
+    )
     print("|---|---|---|---|---|")
     rows: dict[str, Estimate] = {}
 
@@ -112,26 +128,55 @@ def main(folder: Path, *, sweep: bool = True, cg: int = 0) -> dict[str, Estimate
     for name, curvature in fits.items():
         fitted, seconds = study.fit(curvature)
         layerwise = not isinstance(curvature, Dual)
-        row(f"{name}; weight decay", fitted, seconds, Influence(n_intervals=0, damping="weight_decay"))
+        row(
+            f"{name}; weight decay",
+            fitted,
+            seconds,
+            Influence(n_intervals=0, damping="weight_decay"),
+        )
         if isinstance(curvature, EKFAC):
-            row(f"{name}; 8 terms", fitted, seconds, Influence(n_intervals=0, damping="weight_decay", terms=8))
+            row(
+                f"{name}; 8 terms",
+                fitted,
+                seconds,
+                Influence(n_intervals=0, damping="weight_decay", terms=8),
+            )
         if layerwise:
             row(f"{name}; evidence", fitted, seconds, Influence(n_intervals=0, damping="evidence"))
-        row(f"{name}; decay + 1/horizon", fitted, seconds, Influence(n_intervals=0, damping="horizon"))
+        row(
+            f"{name}; decay + 1/horizon",
+            fitted,
+            seconds,
+            Influence(n_intervals=0, damping="horizon"),
+        )
         if cg and name == "EK-FAC, all labels":
             row(
-                f"EK-FAC + {cg} steps of CG; weight decay", fitted, seconds,
+                f"EK-FAC + {cg} steps of CG; weight decay",
+                fitted,
+                seconds,
                 Influence(n_intervals=0, damping="weight_decay", cg_steps=cg, cg_tolerance=1e-2),
             )
             row(
-                f"EK-FAC + {cg} steps of CG; decay + 1/horizon", fitted, seconds,
+                f"EK-FAC + {cg} steps of CG; decay + 1/horizon",
+                fitted,
+                seconds,
                 Influence(n_intervals=0, cg_steps=cg, cg_tolerance=1e-2, damping="horizon"),
             )
         if sweep and name in ("EK-FAC, all labels", "dual, cut 1e-3"):
             for value in ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2"):
-                row(f"sweep: {name}; {value}", fitted, seconds, Influence(n_intervals=0, damping=value))
+                row(
+                    f"sweep: {name}; {value}",
+                    fitted,
+                    seconds,
+                    Influence(n_intervals=0, damping=value),
+                )
             for value in ("0.1", "1", "10", "100") if layerwise else ():
-                row(f"sweep: {name}; {value} x", fitted, seconds, Influence(n_intervals=0, damping=f"{value} relative"))
+                row(
+                    f"sweep: {name}; {value} x",
+                    fitted,
+                    seconds,
+                    Influence(n_intervals=0, damping=f"{value} relative"),
+                )
     print(f"\nnoise ceiling {ceiling}")
     return rows
 
@@ -139,4 +184,8 @@ def main(folder: Path, *, sweep: bool = True, cg: int = 0) -> dict[str, Estimate
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     steps = int(arguments[arguments.index("--cg") + 1]) if "--cg" in arguments else 0
-    main(Path(arguments[0] if arguments else "runs/bank"), sweep="--no-sweep" not in arguments, cg=steps)
+    main(
+        Path(arguments[0] if arguments else "runs/bank"),
+        sweep="--no-sweep" not in arguments,
+        cg=steps,
+    )

@@ -22,10 +22,14 @@ for _ in range(epochs):
         steps += 1
 
 task = headwater.Classification(measurement_of="margin")
-assert examine(model, train, task).ok  # gradients equal autograd's, losses do not depend on the batch
+assert examine(
+    model, train, task
+).ok  # gradients equal autograd's, losses do not depend on the batch
 fit = headwater.fit(
     model, train, task, weight_decay=weight_decay, horizon=lr * steps / (1 - momentum)
 )
 scores = Influence().attribute(fit, queries)
 print(scores)
-print("self-influence, the largest first:", Influence().self_influence(fit).topk(3).indices.tolist())
+print(
+    "self-influence, the largest first:", Influence().self_influence(fit).topk(3).indices.tolist()
+)

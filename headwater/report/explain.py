@@ -97,7 +97,11 @@ def explain(
 def _readable(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts of scores as a report shows them."""
     damping, curvature = facts["damping"], facts["curvature"]
-    labels = {"mc": "labels drawn from the model", "exact": "all labels", "empirical": "given labels"}
+    labels = {
+        "mc": "labels drawn from the model",
+        "exact": "all labels",
+        "empirical": "given labels",
+    }
     how = labels.get(curvature.get("fisher", ""), "")
     told = {
         "papers": papers(facts),

@@ -165,8 +165,10 @@ def interval(low: float | None, high: float | None, digits: int) -> str:
     """An interval such as `[0.35, 0.47]`; empty where an end is missing."""
     if not (is_number(low) and is_number(high)):
         return ""
-    digits = max(digits - 1, 0)
-    ends = (f"{v:z.{digits}f}" if digits <= 6 else f"{v:.1e}" for v in (low, high))
+    for n in (max(digits - 1, 0), digits, digits + 1):  # more where the ends would look the same
+        ends = [f"{v:z.{n}f}" if n <= 6 else f"{v:.1e}" for v in (low, high)]
+        if ends[0] != ends[1] or low == high:
+            break
     return f"[{', '.join(ends)}]"
 
 

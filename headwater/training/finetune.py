@@ -213,7 +213,11 @@ class _Run:
                 cost = saved_at - begun
             if self.progress is not None:
                 epoch = min(step // per_epoch, epochs - 1) + 1
-                self.progress(done, len(order), f"fine-tuning: epoch {epoch}/{epochs}, {mean:.2f} nats a token")
+                self.progress(
+                    done,
+                    len(order),
+                    f"fine-tuning: epoch {epoch}/{epochs}, {mean:.2f} nats a token",
+                )
         broken = [name for name, p in parameters.items() if not torch.isfinite(p).all()]
         if broken:
             raise FloatingPointError(

@@ -152,8 +152,14 @@ def test_plan_says_what_a_fit_takes(place, capsys):
 def test_finetune_then_fit_follows_the_adapter(place, capsys):
     model, train = str(place / "model"), str(place / "train.jsonl")
     out = place / "tuned"
-    assert main(["finetune", model, train, "--out", str(out), "--epochs", "2", "--lora-rank", "2"]) == 0
-    assert main(["fit", str(out), train, "--out", str(place / "tuned-run"), "--curvature", "ekfac"]) == 0
+    assert (
+        main(["finetune", model, train, "--out", str(out), "--epochs", "2", "--lora-rank", "2"])
+        == 0
+    )
+    assert (
+        main(["fit", str(out), train, "--out", str(place / "tuned-run"), "--curvature", "ekfac"])
+        == 0
+    )
     assert "evidence of the trained parameters" in capsys.readouterr().err
 
 
@@ -171,7 +177,10 @@ def test_finetune_then_fit_follows_the_adapter(place, capsys):
         (["trace", "{run}"], "--prompt"),
         (["trace", "{run}", "--prompt", "a", "--name", "../up"], "plain name"),
         (["trace", "{run}", "--prompt", "a", "--damping", "-1"], "positive"),
-        (["trace", "{run}", "--prompt", "a", "--completion", "b", "--completion", "c"], "1 prompts"),
+        (
+            ["trace", "{run}", "--prompt", "a", "--completion", "b", "--completion", "c"],
+            "1 prompts",
+        ),
         (["show", "{nowhere}"], "run folder"),
         (["nonsense"], "there is no command"),
     ],
@@ -181,7 +190,9 @@ def test_mistakes_are_one_clear_line_and_exit_code_2(words, said, place, run, ca
     (place / "broken.jsonl").write_text('{"text": "the river"}\n{"text": \n')
     names = {"model", "empty", "broken", "train", "missing"}
     paths = {n: place / (n if n == "model" else f"{n}.jsonl") for n in names}
-    filled = [w.format(**paths, out=place / "bad", run=run, nowhere=place / "nowhere") for w in words]
+    filled = [
+        w.format(**paths, out=place / "bad", run=run, nowhere=place / "nowhere") for w in words
+    ]
     capsys.readouterr()
     assert main(filled) == 2
     err = capsys.readouterr().err.strip()
@@ -206,8 +217,12 @@ def test_a_fit_of_another_model_is_refused_by_name(run, place, capsys):
 
 def test_help_is_quick_and_knows_every_command():
     found = subprocess.run(
-        [sys.executable, "-c", "import sys; from headwater.cli import main; main(['--help']); "
-         "assert 'torch' not in sys.modules and 'tyro' not in sys.modules"],
+        [
+            sys.executable,
+            "-c",
+            "import sys; from headwater.cli import main; main(['--help']); "
+            "assert 'torch' not in sys.modules and 'tyro' not in sys.modules",
+        ],
         capture_output=True,
         text=True,
         check=True,

@@ -84,7 +84,7 @@ def test_missing_and_infinite_numbers_are_dashes():
 
 def test_zero_has_no_minus_sign():
     assert text.signed(-0.0001, 3) == "+0.000"
-    assert text.interval(-0.0001, 0.0001, 3) == "[0.00, 0.00]"
+    assert text.interval(-0.00001, 0.00001, 3) == "[0.0000, 0.0000]"
 
 
 def test_units_fit_the_size():
