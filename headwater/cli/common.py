@@ -32,7 +32,7 @@ class ModelFlags:
     """
 
     base: Path | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -35,7 +35,7 @@ class Finetune:
     data: tyro.conf.Positional[Path]
     out: Path
     base: Path | None = None
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     lora_rank: int = 8
     layers_from: int = 0
     epochs: int = 3

@@ -1,6 +1,6 @@
 """`headwater fit`: the curvature of a language model over its training data, into a run folder."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,7 +56,7 @@ class CurvatureFlags:
         kind = "ekfac" if self.curvature == "auto" and given else self.curvature
         if kind == "auto":
             return "auto"
-        known = METHODS[kind].__dataclass_fields__
+        known = {f.name for f in fields(METHODS[kind])}  # type: ignore[arg-type]
         unknown = [k for k in given if k not in known]
         if unknown:
             raise ValueError(

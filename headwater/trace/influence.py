@@ -92,9 +92,9 @@ class Influence(Attributor):
         terms: Score with so many terms of a separable inverse, a cheap first stage for models with one position an
             example; None scores exactly.
         n_intervals: How many of the strongest examples on each side get an interval, for each query.
-        confidence_level: Of the intervals, which reflect the sampling of labels and of the fit's examples: all of it for
-            the dual form and for EK-FAC whose folds have eigenbases of their own, that of the eigenvalues alone
-            for larger models.
+        confidence_level: Of the intervals, which reflect the sampling of labels and of the fit's examples: all of it
+            for the dual form and for EK-FAC whose folds have eigenbases of their own, that of the eigenvalues
+            alone for larger models.
         cg_steps: Refine the inverse by this many steps of conjugate gradients against the exact Gauss–Newton matrix.
         cg_tolerance: Relative residual at which that stops.
     """

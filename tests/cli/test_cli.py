@@ -10,9 +10,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from headwater.cli import COMMANDS, main  # noqa: E402
-from headwater.core.evidence import Evidence  # noqa: E402
-from tests.language_cases import WORDS, saved  # noqa: E402
+from headwater.cli import COMMANDS, main
+from headwater.core.evidence import Evidence
+from tests.language_cases import WORDS, saved
 
 TOPICS = ("rivers", "hills")
 
@@ -45,13 +45,9 @@ def place(tmp_path_factory):
 def run(place):
     """A run folder with a finished fit."""
     out = place / "run"
-    assert (
-        main(
-            ["fit", str(place / "model"), str(place / "train.jsonl"), "--out", str(out)]
-            + ["--heldout", str(place / "heldout.jsonl"), "--curvature", "ekfac", "--folds", "3"]
-        )
-        == 0
-    )
+    words = ["fit", str(place / "model"), str(place / "train.jsonl"), "--out", str(out)]
+    words += ["--heldout", str(place / "heldout.jsonl"), "--curvature", "ekfac", "--folds", "3"]
+    assert main(words) == 0
     return out
 
 

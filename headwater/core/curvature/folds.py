@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from headwater.core.capture import Accumulator, BatchInfo, Rows
-from headwater.core.curvature.moments import EigenvalueSums, SecondMoments
+from headwater.core.curvature.moments import Basis, EigenvalueSums, SecondMoments
 from headwater.core.layers import Layer
 
 
@@ -92,12 +92,22 @@ class MomentsByFold(ByFold):
         return self.without(None).relative_error()
 
 
-def eigenvalues_by_fold(layers: Sequence[Layer], bases: Sequence[dict], folds: int) -> ByFold:
-    """Corrected eigenvalues of all data in the first basis, by fold, and of all but fold k in basis k + 1."""
-    every = frozenset(range(folds))
-    whole = Member(EigenvalueSums(layers, bases[0], folds=folds), every, as_one=False)
-    rest = [Member(EigenvalueSums(layers, b), every - {k}) for k, b in enumerate(bases[1:])]
-    return ByFold([whole, *rest])
+class EigenvaluesByFold(ByFold):
+    """Corrected eigenvalues of all data in the first basis, by fold, and of all but fold k in basis k + 1.
+
+    Args:
+        layers: The followed layers.
+        bases: The eigenbases, of all data and then without each fold.
+        folds: Number of folds.
+    """
+
+    def __init__(self, layers: Sequence[Layer], bases: Sequence[dict[str, Basis]], folds: int):
+        every = frozenset(range(folds))
+        self.eigenvalues = [EigenvalueSums(layers, bases[0], folds=folds)]
+        self.eigenvalues += [EigenvalueSums(layers, b) for b in bases[1:]]
+        whole, *rest = self.eigenvalues
+        seen = [Member(sums, every - {k}) for k, sums in enumerate(rest)]
+        super().__init__([Member(whole, every, as_one=False), *seen])
 
 
 def affordable(layers: Sequence[Layer], folds: int, limit: int = 300_000_000) -> bool:

@@ -21,7 +21,7 @@ from headwater.core.curvature.base import (
     Preconditioned,
     SpectralFunction,
 )
-from headwater.core.curvature.folds import ByFold, MomentsByFold, affordable, eigenvalues_by_fold
+from headwater.core.curvature.folds import ByFold, EigenvaluesByFold, MomentsByFold, affordable
 from headwater.core.curvature.moments import Basis, EigenvalueSums, LostTrace, SecondMoments
 from headwater.core.curvature.prepared import InEigenbasis, in_basis
 from headwater.core.damping import mean_of
@@ -307,9 +307,9 @@ class EKFAC(KFAC):
         self._pass(context, gathered, stage="moments", seed=self.seed)
         left_out = [None, *range(self.folds)]
         bases = [eigenbases(gathered.without(fold))[1] for fold in left_out]
-        sums = eigenvalues_by_fold(layers, bases, self.folds)
+        sums = EigenvaluesByFold(layers, bases, self.folds)
         lost = self._pass(context, sums, stage="eigenvalues", seed=self.seed + 1)
-        whole, *rest = (m.accumulator for m in sums.members)
+        whole, *rest = sums.eigenvalues
         facts = _facts(lost, moments=gathered.without(None), eigenvalues=whole)
         others = [
             Layerwise(basis, other.finish(), other.n_examples)
