@@ -97,6 +97,8 @@ def _check(command: Trace) -> None:
         raise ValueError(
             f"Expected one alternative a prompt; got {len(command.prompt)} prompts and {len(command.rather_than)}."
         )
+    if command.top < 1:
+        raise ValueError(f"Expected --top of 1 or more; got {command.top}.")
     if "/" in command.name or command.name in ("", ".", ".."):
         raise ValueError(f"Expected a plain name for the trace; got {command.name!r}.")
 
@@ -110,7 +112,7 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
 
     folder = command.run / "traces" / command.name
     asked = {k: v for k, v in to_json(command).items() if k not in ("json", "run")}
-    page = folder.with_suffix(".html")
+    page = folder.with_name(f"{folder.name}.html")  # a name may hold dots
     if not (command.run / RUN).is_file():
         run_session(command.run)  # says what is missing
     fit_digest = Artifact.open(command.run / "fit", kind="fit").manifest.get("created", "")

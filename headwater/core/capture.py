@@ -528,7 +528,7 @@ def sweep(
             if checkpoint is not None and (began := time.monotonic()) - saved > wait:
                 _save(checkpoint, accumulators, facts | {"done": done, "finished": False})
                 saved = time.monotonic()
-                wait = max(save_every, _WORK_PER_SAVE * (saved - began))
+                wait = save_every and max(save_every, _WORK_PER_SAVE * (saved - began))
             if stop is not None and stop():
                 break
     if checkpoint is not None:

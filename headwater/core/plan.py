@@ -39,6 +39,7 @@ from headwater.core.curvature import (
     Layerwise,
     Preconditioned,
 )
+from headwater.core.curvature.folds import EigenvaluesByFold
 from headwater.core.curvature.moments import Basis, EigenvalueSums, SecondMoments
 from headwater.core.damping import Damping, Inverse, evidence
 from headwater.core.examples import Examples, as_examples, to_device
@@ -442,7 +443,15 @@ class _Needs:
     @property
     def spectrum(self) -> int:
         """Numbers in the eigenvalues, all folds."""
-        return self.method.folds * self.n_parameters
+        return (self.method.folds + self.own_bases) * self.n_parameters
+
+    @property
+    def own_bases(self) -> int:
+        """Eigenbases beside that of all data, one a fold where intervals get their own."""
+        method = self.method
+        return (
+            method.folds if isinstance(method, EKFAC) and method.has_own_bases(self.layers) else 0
+        )
 
     @property
     def row_numel(self) -> int:
@@ -480,11 +489,13 @@ class _Needs:
         spectrum = b * (self.spectrum + p)
         kept = self.method.folds if self.method.folds > 1 else 0
         copies = b * kept * (self.method.folds + 1) * p  # sums, eigenvalues, and f of them
+        sets = 1 + self.own_bases
         return [
-            batch | {"factors": 3 * b * self.factors},
-            batch | {"factors": 2 * b * self.factors, "eigenvalues": spectrum},
-            {"factors": b * self.factors, "eigenvalues": spectrum, "damping": 2 * 8 * p},
-            {"factors": b * self.factors, "eigenvalues": spectrum, "replicates": copies} | trace,
+            batch | {"factors": (2 + sets) * b * self.factors},
+            batch | {"factors": 2 * sets * b * self.factors, "eigenvalues": spectrum},
+            {"factors": sets * b * self.factors, "eigenvalues": spectrum, "damping": 2 * 8 * p},
+            {"factors": sets * b * self.factors, "eigenvalues": spectrum, "replicates": copies}
+            | trace,
         ]
 
     def peak(self) -> dict[str, int]:
@@ -505,7 +516,7 @@ class _Needs:
             return {"fit": 8 * self.n_parameters**2, "scores": 4 * self.n_queries * self.n}
         state = 0 if isinstance(self.method, Identity) else max(self.factors, self.spectrum)
         return {
-            "fit": b * (self.factors + self.spectrum),
+            "fit": b * ((1 + self.own_bases) * self.factors + self.spectrum),
             "checkpoints": 2 * b * state,
             "scores": 4 * self.n_queries * self.n,
         }
@@ -622,7 +633,11 @@ class _Work:
         moments = kept[-1]
         stages = [
             Stage("second moments", "fit", seconds),
-            Stage("eigendecompositions", "fit", self._decompositions(moments)),
+            Stage(
+                "eigendecompositions",
+                "fit",
+                (1 + self.needs.own_bases) * self._decompositions(moments),
+            ),
         ]
         bases = _stand_in(moments)
         folds = torch.full((method.folds,), len(self.examples) / method.folds)
@@ -632,10 +647,12 @@ class _Work:
                 method.fisher, draws=method.draws, cut=method.cut, seed=method.seed + 1
             )
             swept: list[EigenvalueSums] = []
+            each = [bases] * (1 + self.needs.own_bases)
 
             def run(batches: list[BatchPlan]) -> None:
-                swept.append(EigenvalueSums(self.layers, bases, folds=method.folds))
-                sweep(self.capture, self.examples, swept[-1:], target, batches=batches)
+                gathered = EigenvaluesByFold(self.layers, each, method.folds)
+                swept.append(gathered.eigenvalues[0])
+                sweep(self.capture, self.examples, [gathered], target, batches=batches)
 
             seconds = self.clock.all_data(run)
             seconds = self._saved(seconds, self.needs.itemsize * self.needs.spectrum)

@@ -12,6 +12,7 @@ with C the curvature of the mean loss over N examples.
 """
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -407,6 +408,13 @@ def refine(
         progress=report,
     )
     facts = {"cg_steps": solution.steps, "cg_residual": float(solution.residual.max())}
+    if facts["cg_residual"] > tolerance:
+        warnings.warn(
+            f"Conjugate gradients stopped after {solution.steps} steps with a relative residual of "
+            f"{facts['cg_residual']:.2g} (asked: {tolerance:.2g}); half-solved systems can rank worse than none. "
+            "Allow more steps, raise the damping, or use Dual(), which is exact.",
+            stacklevel=2,
+        )
     return shape.from_matrix(solution.x), facts
 
 

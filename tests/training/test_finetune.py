@@ -210,7 +210,7 @@ def test_the_record_tells_the_run(language, tmp_path):
     assert run.steps == len(run.batches) == len(run.losses) == len(calls)
     assert sorted(name for batch in run.batches for name in batch) == sorted(texts().ids * 2)
     assert calls[-1][:2] == (run.steps, run.steps)
-    assert calls[-1][2] == f"epoch 2/2, {run.losses[-1]:.3f} nats a token"
+    assert calls[-1][2] == f"fine-tuning: epoch 2/2, {run.losses[-1]:.2f} nats a token"
 
 
 # Repeating, resuming, refusing

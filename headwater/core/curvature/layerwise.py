@@ -224,6 +224,12 @@ class Diagonal(_Sampled):
 
     kind: ClassVar[str] = "diagonal"
 
+    def has_own_bases(self, layers: Sequence[Layer]) -> bool:
+        """Whether each fold of these layers gets an eigenbasis of its own."""
+        if self.own_bases is None:
+            return affordable(layers, self.folds)
+        return self.own_bases and self.folds > 1
+
     def fit(self, context: FitContext) -> Layerwise:
         self._check_folds()
         layers = list(context.capture.layers.values())
@@ -288,10 +294,16 @@ class EKFAC(KFAC):
     folds: int = 5
     own_bases: bool | None = None
 
+    def has_own_bases(self, layers: Sequence[Layer]) -> bool:
+        """Whether each fold of these layers gets an eigenbasis of its own."""
+        if self.own_bases is None:
+            return affordable(layers, self.folds)
+        return self.own_bases and self.folds > 1
+
     def fit(self, context: FitContext) -> Layerwise:
         self._check_folds()
         layers = list(context.capture.layers.values())
-        if self.own_bases or (self.own_bases is None and affordable(layers, self.folds)):
+        if self.has_own_bases(layers):
             return self._fit_by_fold(context, layers)
         moments, _ = self.moments(context)
         _, bases = eigenbases(moments)
