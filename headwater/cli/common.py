@@ -295,7 +295,12 @@ def run_session(run: Path) -> tuple[Session, dict[str, Any]]:
             f"{run} is no run folder (it has no {RUN}); make one with `headwater fit … --out {run}`."
         )
     record = read_json(place)
-    command = record["fit"]
+    needed = {"model", "data", "columns", "weights", "follow", "heldout"}
+    command = record.get("fit") if isinstance(record, dict) else None
+    if not isinstance(command, dict) or not needed <= set(command):
+        raise ValueError(
+            f"{place} does not hold the record of a fit; run `headwater fit … --out {run}` again."
+        )
     session = open_session(
         Path(command["model"]),
         Path(command["data"]),

@@ -88,6 +88,8 @@ def run(words: list[str]) -> int:
 def _check(command: Trace) -> None:
     if not command.prompt and command.queries is None:
         raise ValueError('Expected --prompt "…" or --queries FILE; got neither.')
+    if command.prompt and command.queries is not None:
+        raise ValueError("Expected --prompt or --queries; got both.")
     if command.completion and len(command.completion) != len(command.prompt):
         raise ValueError(
             f"Expected one completion a prompt; got {len(command.prompt)} prompts and {len(command.completion)} "
@@ -107,7 +109,7 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     """Trace, save the evidence and its page, and return both. A finished trace of the same question is read."""
     from headwater.core.evidence import Evidence
     from headwater.core.fingerprint import fingerprint_json
-    from headwater.core.store import Artifact, read_json, write_json
+    from headwater.core.store import read_json, write_json
     from headwater.report.html import write_html
 
     folder = command.run / "traces" / command.name
@@ -115,8 +117,7 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     page = folder.with_name(f"{folder.name}.html")  # a name may hold dots
     if not (command.run / RUN).is_file():
         run_session(command.run)  # says what is missing
-    fit_digest = Artifact.open(command.run / "fit", kind="fit").manifest.get("created", "")
-    asked_digest = fingerprint_json([asked, fit_digest])
+    asked_digest = fingerprint_json([asked, _inputs(command)])
     if folder.is_dir():
         evidence = Evidence.load(folder)
         if evidence.facts.get("question") == asked_digest and page.is_file():
@@ -128,6 +129,19 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     record.setdefault("traces", {})[command.name] = asked
     write_json(command.run / RUN, record)
     return evidence, page
+
+
+def _inputs(command: Trace) -> list[Any]:
+    """What an answer depends on beside the question: the fit, and name, size and time of every file read."""
+    from headwater.core.store import Artifact, read_json
+
+    record = read_json(command.run / RUN)["fit"]
+    manifest = Artifact.open(command.run / "fit", kind="fit").manifest
+    named = [record["model"], record["data"], record["heldout"], command.queries]
+    paths = [Path(p) for p in named if p is not None]
+    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+    stamps = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return [record["heldout"], record["columns"], manifest["files"], stamps]
 
 
 def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
@@ -192,6 +206,9 @@ def _queries(command: Trace, session: Any) -> Any:
         if command.rather_than
         else (prompts, completions)
     )
-    return completion_examples(
+    examples = completion_examples(
         language.tokenizer, *both, chat=command.chat, max_length=language.context_length
     )
+    for message in examples.report.messages:
+        say(f"  queries: {message}")
+    return examples

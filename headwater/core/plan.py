@@ -16,7 +16,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from headwater.core.capture import BatchInfo, BatchPlan, Capture, Rows, plan_batches, sweep
+from headwater.core.capture import (
+    BatchInfo,
+    BatchPlan,
+    Capture,
+    Rows,
+    evaluation_mode,
+    plan_batches,
+    sweep,
+)
 from headwater.core.cost import (
     KeptMemory,
     available_memory_bytes,
@@ -278,7 +286,7 @@ def dual_rows(capture: Capture, examples: Examples, *, cut: float, probe: int = 
     """
     n = min(probe, len(examples))
     chosen = torch.linspace(0, len(examples) - 1, n).long().tolist()
-    with torch.no_grad():
+    with evaluation_mode(capture.model), torch.no_grad():
         try:
             prediction = capture.task.predict(
                 capture.model, to_device(examples.batch(chosen), capture.device)

@@ -57,6 +57,11 @@ def explain(
     Returns:
         The evidence: one answer a query.
     """
+    if source is not None and source not in fit.train.metadata:
+        columns = ", ".join(fit.train.metadata) or "none"
+        raise ValueError(
+            f"The training data have no column {source!r}; their columns are: {columns}."
+        )
     method = influence or Influence(n_intervals=top)
     n_answers = len(queries) // 2 if contrast else len(queries)
     weights = torch.cat([torch.eye(n_answers), -torch.eye(n_answers)], dim=1) if contrast else None
@@ -201,7 +206,7 @@ def _losses(fit: Fit, examples: Examples) -> list[float]:
 
 
 def _totals(scores: Scores, q: int, source: str | None) -> tuple[SourceTotal, ...]:
-    if source is None or source not in scores.metadata:
+    if source is None:
         return ()
     members: dict[str, list[float]] = defaultdict(list)
     for name, value in zip(scores.metadata[source], scores.values[q].tolist(), strict=True):

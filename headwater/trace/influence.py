@@ -110,6 +110,16 @@ class Influence(Attributor):
     cg_steps: int = 0
     cg_tolerance: float = 1e-3
 
+    def __post_init__(self):
+        for name, least in (("rank", 1), ("terms", 1), ("n_intervals", 0), ("cg_steps", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more; got {value}.")
+        if not 0 < self.confidence_level < 1:
+            raise ValueError(
+                f"confidence_level must lie between 0 and 1; got {self.confidence_level}."
+            )
+
     def attribute(
         self,
         fit: Fit,

@@ -10,7 +10,8 @@ from headwater.core.damping import Damping, evidence
 from headwater.core.examples import TensorExamples
 from headwater.core.fit import fit, load
 from headwater.core.store import ArtifactError, ArtifactMismatch
-from headwater.core.task import FunctionTask, Regression
+from headwater.core.task import Classification, FunctionTask, Regression
+from headwater.trace.influence import Influence
 from tests.curvature_cases import case
 
 METHODS = [Identity(), Diagonal(), KFAC(), EKFAC(), Dual(), Dense()]
@@ -198,3 +199,22 @@ def test_one_output_regression_and_skipped_layers():
     train = TensorExamples(torch.randn(6, 3).double(), torch.randn(6).double())
     fitted = fit(model, train, Regression(), skip=["0"])
     assert [layer.name for layer in fitted.followed] == ["1"] and fitted.n_rows == 6
+
+
+def test_choosing_a_curvature_leaves_a_training_model_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
+    model.double().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    data = (torch.randn(20, 4).double(), torch.randint(2, (20,)))
+    fit(model, data, Classification())
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "dual", "diagonal"])
+def test_one_example_has_scores_and_no_interval(kind):
+    model = nn.Linear(3, 2).double()
+    data = (torch.randn(1, 3).double(), torch.tensor([1]))
+    fitted = fit(model, data, Classification(), curvature=kind)
+    scores = Influence(damping=0.1).attribute(fitted, data)
+    assert bool(torch.isfinite(scores.values).all()) and scores.low is None

@@ -191,7 +191,7 @@ class DualCurvature(Curvature):
 
     @property
     def n_replicates(self) -> int:
-        return len(self.n_folds) if len(self.n_folds) > 1 else 0
+        return len(self.n_folds) if int((self.n_folds > 0).sum()) > 1 else 0
 
     def replicates(self) -> list["DualCurvature"]:
         found = []

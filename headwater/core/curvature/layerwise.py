@@ -97,7 +97,7 @@ class Layerwise(Curvature):
 
     @property
     def n_replicates(self) -> int:
-        return len(self.n_folds) if len(self.n_folds) > 1 else 0
+        return len(self.n_folds) if int((self.n_folds > 0).sum()) > 1 else 0
 
     def replicates(self) -> list["Layerwise"]:
         if self.others:
@@ -303,7 +303,7 @@ class EKFAC(KFAC):
     def fit(self, context: FitContext) -> Layerwise:
         self._check_folds()
         layers = list(context.capture.layers.values())
-        if self.has_own_bases(layers):
+        if self.has_own_bases(layers) and len({batch.fold for batch in context.batches}) > 1:
             return self._fit_by_fold(context, layers)
         moments, _ = self.moments(context)
         _, bases = eigenbases(moments)
