@@ -224,12 +224,6 @@ class Diagonal(_Sampled):
 
     kind: ClassVar[str] = "diagonal"
 
-    def has_own_bases(self, layers: Sequence[Layer]) -> bool:
-        """Whether each fold of these layers gets an eigenbasis of its own."""
-        if self.own_bases is None:
-            return affordable(layers, self.folds)
-        return self.own_bases and self.folds > 1
-
     def fit(self, context: FitContext) -> Layerwise:
         self._check_folds()
         layers = list(context.capture.layers.values())
