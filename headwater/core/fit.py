@@ -281,38 +281,17 @@ def fit(
         "distance": distance,
         "horizon": horizon,
     }
+    inputs = (method, capture, examples, followed, options, made_from, record)
+    limits = (batch_size, batch_tokens, progress)
     if folder is None:
-        return _fit(
-            method,
-            capture,
-            examples,
-            followed,
-            options,
-            made_from,
-            record,
-            batch_size,
-            batch_tokens,
-            progress,
-        )
+        return _fit(*inputs, *limits)
     place = Path(folder)
     if _finished(place, made_from, options | record):
         return load(place, model, examples, task)
     unfinished = place.with_name(f".{place.name}.unfinished")
     with FolderLock(unfinished):
         work = unfinished / fingerprint_json([made_from, options, batch_size, batch_tokens])[:16]
-        made = _fit(
-            method,
-            capture,
-            examples,
-            followed,
-            options,
-            made_from,
-            record,
-            batch_size,
-            batch_tokens,
-            progress,
-            work,
-        )
+        made = _fit(*inputs, *limits, work)
         made.save(place)
         for stage in work.glob("*"):
             Checkpoint(stage).clear()
