@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwater.core.store import Artifact, ArtifactWriter
@@ -14,8 +14,35 @@ from headwater.extras import require
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class GroupTotals:
+    """Scores of all training examples, totalled by the values of a metadata column.
+
+    Attributes:
+        column: The column.
+        names: Its values, as text.
+        counts: Training examples of each (group).
+        raised: Sums of the positive scores (query, group).
+        lowered: Sums of the negative scores (query, group).
+    """
+
+    column: str
+    names: list[str]
+    counts: list[int]
+    raised: Float[Tensor, "query group"]
+    lowered: Float[Tensor, "query group"]
+
+    @property
+    def net(self) -> Float[Tensor, "query group"]:
+        """Sums of all scores."""
+        return self.raised + self.lowered
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Scores:
     """Predicted change of each query's measurement when a training example is added once more.
+
+    The columns are all training examples, or those that are among the strongest of any query (`kept`): then the
+    scores took memory for those alone, however many there are.
 
     Attributes:
         values: (query, train), in the measurement's unit (nats); positive where the example raises it.
@@ -27,8 +54,12 @@ class Scores:
         significance: Share of held-out examples that reach the score by chance (query, train), or None.
         control: Scores of the held-out examples (query, control), or None.
         by_layer: Parts of each layer (layer, query, train), or None.
-        layers: Names of the layers of `by_layer`.
-        metadata: Columns of the training examples.
+        layers: Names of the layers of `by_layer` and `layer_totals`.
+        layer_totals: Absolute parts of each layer, summed over all training examples (layer, query), or None.
+        kept: Numbers of the training examples that the columns stand for; None for all in order.
+        n_train: Number of all training examples.
+        totals: Totals over all training examples by a metadata column, where some examples were not kept.
+        metadata: Columns of metadata, one value a training example of `train_ids`.
         facts: What made the scores: method, damping, costs, fingerprints.
     """
 
@@ -42,6 +73,10 @@ class Scores:
     control: Float[Tensor, "query control"] | None = None
     by_layer: Float[Tensor, "layer query train"] | None = None
     layers: list[str] = field(default_factory=list)
+    layer_totals: Float[Tensor, "layer query"] | None = None
+    kept: list[int] | None = None
+    n_train: int | None = None
+    totals: GroupTotals | None = None
     metadata: dict[str, list] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -51,6 +86,13 @@ class Scores:
             raise ValueError(
                 f"Expected scores {shape} for these ids; got {tuple(self.values.shape)}."
             )
+        if self.kept is not None and (self.n_train is None or len(self.kept) != shape[1]):
+            raise ValueError(
+                f"Scores of some training examples need n_train and a number for each of the {shape[1]}; got "
+                f"n_train={self.n_train} and {len(self.kept)} numbers."
+            )
+        if self.n_train is None:
+            object.__setattr__(self, "n_train", shape[1])
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -59,7 +101,8 @@ class Scores:
         """A contrast: why this rather than that, query by query."""
         if self.train_ids != other.train_ids or len(self) != len(other):
             raise ValueError(
-                "A contrast needs scores of as many queries over the same training examples."
+                "A contrast needs scores of as many queries over the same training examples. Where only the strongest "
+                "were kept, ask for it at once: attribute(..., weights=[[1.0, -1.0]])."
             )
         ids = [f"{a} - {b}" for a, b in zip(self.query_ids, other.query_ids, strict=True)]
         control = None
@@ -74,9 +117,15 @@ class Scores:
             significance=None
             if control is None
             else significance(self.values - other.values, control),
+            kept=self.kept,
+            n_train=self.n_train,
             metadata=self.metadata,
             facts=self.facts,
         )
+
+    def index(self, column: int) -> int:
+        """Number of the training example of a column, in the training data."""
+        return column if self.kept is None else self.kept[column]
 
     def top(self, k: int = 10, *, lowest: bool = False) -> Sequence[list[int]]:
         """For each query the k training examples that raise its measurement most, or lower it most."""
@@ -110,22 +159,39 @@ class Scores:
                 row[name] = float(column[q, i])
         return row | {k: v[i] for k, v in self.metadata.items()}
 
-    def by(self, column: str) -> dict[str, Float[Tensor, " query"]]:
-        """Total score of each value of a metadata column (query)."""
-        if column not in self.metadata:
+    def by(self, column: str) -> GroupTotals:
+        """Totals over all training examples for each value of a metadata column.
+
+        Raises:
+            ValueError: There is no such column, or only the strongest examples were kept and it was not asked for.
+        """
+        if self.totals is not None and self.totals.column == column:
+            return self.totals
+        if self.kept is not None and len(self.kept) < (self.n_train or 0):
             raise ValueError(
-                f"There is no metadata column {column!r}; there are: {', '.join(self.metadata) or 'none'}."
+                f"Only the strongest {len(self.kept)} of {self.n_train} examples were kept, without totals by "
+                f"{column!r}; ask for them with attribute(..., group_by={column!r})."
             )
-        names = [str(v) for v in self.metadata[column]]
-        groups = {name: i for i, name in enumerate(sorted(set(names)))}
-        index = torch.tensor([groups[name] for name in names])
-        totals = torch.zeros(len(self), len(groups), dtype=torch.float64)
-        totals.index_add_(1, index, self.values.double())
-        return {name: totals[:, i].to(self.values) for name, i in groups.items()}
+        names, index = groups_of(self.metadata, column)
+        totals = torch.zeros(2, len(self), len(names), dtype=torch.float64)
+        doubles = self.values.double()
+        for total, part in zip(totals, (doubles.clamp(min=0), doubles.clamp(max=0)), strict=True):
+            total.index_add_(1, index, part)
+        return GroupTotals(
+            column=column,
+            names=names,
+            counts=index.bincount(minlength=len(names)).tolist(),
+            raised=totals[0].to(self.values),
+            lowered=totals[1].to(self.values),
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write the scores as an artifact: tensors, a table of the training examples, a manifest."""
-        facts = {k: getattr(self, k) for k in ("query_ids", "measurement", "layers", "facts")}
+        facts = {k: getattr(self, k) for k in _FACTS}
+        if self.totals is not None:
+            facts["totals"] = vars(self.totals) | {
+                k: getattr(self.totals, k).tolist() for k in ("raised", "lowered")
+            }
         with ArtifactWriter(
             folder, kind="scores", facts=facts, made_from=self.facts.get("made_from", {})
         ) as writer:
@@ -143,7 +209,11 @@ class Scores:
         tensors = {n: artifact.tensor(n) for n in _TENSORS if n in artifact.tensor_names}
         columns = artifact.table("train").to_pydict()
         metadata = {k.removeprefix("meta:"): v for k, v in columns.items() if k.startswith("meta:")}
-        return cls(**tensors, **artifact.facts, train_ids=columns["id"], metadata=metadata)
+        facts = dict(artifact.facts)
+        if totals := facts.pop("totals", None):
+            ends = {k: torch.tensor(totals[k]) for k in ("raised", "lowered")}
+            facts["totals"] = GroupTotals(**totals | ends)
+        return cls(**tensors, **facts, train_ids=columns["id"], metadata=metadata)
 
     def plot(self, query: int = 0, *, top: int = 10):
         """A bar for each of the strongest examples of a query, with intervals; needs the extra `plots`."""
@@ -167,8 +237,9 @@ class Scores:
 
     def __repr__(self) -> str:
         q, n = self.values.shape
+        of = "" if n == self.n_train else f" kept of {self.n_train:,}"
         lines = [
-            f"Scores({q} queries × {n} training examples, change of {self.measurement} in nats)"
+            f"Scores({q} queries × {n} training examples{of}, change of {self.measurement} in nats)"
         ]
         most, least = self.top(3), self.top(3, lowest=True)
         for row, name in enumerate(self.query_ids[:5]):
@@ -184,7 +255,25 @@ class Scores:
         return "\n".join(lines)
 
 
-_TENSORS = ("values", "low", "high", "significance", "control", "by_layer")
+_TENSORS = ("values", "low", "high", "significance", "control", "by_layer", "layer_totals")
+_FACTS = ("query_ids", "measurement", "layers", "kept", "n_train", "facts")
+
+
+def groups_of(metadata: dict[str, list], column: str) -> tuple[list[str], Int[Tensor, " train"]]:
+    """The distinct values of a metadata column, and the place of each example's value among them.
+
+    Example:
+        >>> names, index = groups_of({"source": ["web", "book", "web"]}, "source")
+        >>> names, index.tolist()
+        (['book', 'web'], [1, 0, 1])
+    """
+    if column not in metadata:
+        columns = ", ".join(metadata) or "none"
+        raise ValueError(f"There is no metadata column {column!r}; there are: {columns}.")
+    values = [str(v) for v in metadata[column]]
+    names = sorted(set(values))
+    place = {name: i for i, name in enumerate(names)}
+    return names, torch.tensor([place[v] for v in values], dtype=torch.int64)
 
 
 def significance(

@@ -1,9 +1,11 @@
 """Inner products of prepared queries with the gradients of training examples, streamed."""
 
+from abc import abstractmethod
 from collections.abc import Iterable
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwater.core.capture import Accumulator, BatchInfo, Rows
@@ -16,7 +18,41 @@ from headwater.numerics import kronecker
 _CHUNK = 1 << 25  # numbers of gradients held at a time
 
 
-class PairScores(Accumulator):
+class _Products(Accumulator):
+    """Inner products (query, row) of a batch, summed over layers, then handed to `_store`.
+
+    Args:
+        queries: Preconditioned queries.
+        by_layer: Names of layers whose part is handed to `_store_layer` as well.
+    """
+
+    def __init__(self, queries: Preconditioned, by_layer: Iterable[str] = ()):
+        self.layers = list(by_layer)
+        apart = queries.layers_add_up or not self.layers
+        self.queries = queries if apart else Preconditioned(queries.dense())
+        self._batch: Tensor | None = None
+
+    def update(self, rows: Rows) -> None:
+        part = self.queries.layer(rows.layer.name, Factored(rows.a, rows.g)).double()
+        self._batch = part if self._batch is None else self._batch.add_(part)
+        if rows.layer.name in self.layers:
+            self._store_layer(rows.layer.name, part.cpu(), rows.batch.indices)
+
+    def end_batch(self, batch: BatchInfo) -> None:
+        total, rest, self._batch = self._batch, self.queries.finish_batch(), None
+        if total is not None:
+            self._store((total if rest is None else total + rest).cpu(), batch.indices)
+
+    @abstractmethod
+    def _store(self, scores: Float[Tensor, "query row"], index: Tensor) -> None:
+        """Take the products of a batch; `index` names the examples."""
+
+    @abstractmethod
+    def _store_layer(self, name: str, part: Float[Tensor, "query row"], index: Tensor) -> None:
+        """Take one layer's part of them."""
+
+
+class PairScores(_Products):
     """Inner products (query, train), optionally by layer.
 
     Args:
@@ -26,22 +62,15 @@ class PairScores(Accumulator):
     """
 
     def __init__(self, queries: Preconditioned, n: int, *, by_layer: Iterable[str] = ()):
+        super().__init__(queries, by_layer)
         self.scores = torch.zeros(queries.n, n, dtype=torch.float64)
-        self.by_layer = {name: torch.zeros(queries.n, n) for name in by_layer}
-        # a combination of rows is only multiplied out after the last layer, so its layers are not told apart
-        self.queries = Preconditioned(queries.dense()) if self.by_layer else queries
-        self._batch: Tensor | None = None
+        self.by_layer = {name: torch.zeros(queries.n, n) for name in self.layers}
 
-    def update(self, rows: Rows) -> None:
-        part = self.queries.layer(rows.layer.name, Factored(rows.a, rows.g)).double()
-        self._batch = part if self._batch is None else self._batch.add_(part)
-        if rows.layer.name in self.by_layer:
-            self.by_layer[rows.layer.name][:, rows.batch.indices] = part.float().cpu()
+    def _store(self, scores: Tensor, index: Tensor) -> None:
+        self.scores[:, index] = scores
 
-    def end_batch(self, batch: BatchInfo) -> None:
-        total, rest, self._batch = self._batch, self.queries.finish_batch(), None
-        if total is not None:
-            self.scores[:, batch.indices] = (total if rest is None else total + rest).cpu()
+    def _store_layer(self, name: str, part: Tensor, index: Tensor) -> None:
+        self.by_layer[name][:, index] = part.float()
 
     def merge(self, other: "PairScores") -> None:
         self.scores += other.scores
@@ -57,6 +86,77 @@ class PairScores(Accumulator):
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.scores = tensors["scores"]
         self.by_layer = {k: tensors[f"l:{k}"] for k in self.by_layer}
+
+
+class StrongestScores(_Products):
+    r"""The k largest and the k smallest inner products of each query while they stream by, and totals.
+
+    Memory is of the order of queries times (k + groups + layers), however many examples there are.
+
+    Args:
+        queries: Preconditioned queries.
+        keep: k.
+        groups: Group of each example (train), or None for one group.
+        by_layer: Names of layers whose absolute parts are totalled.
+    """
+
+    def __init__(
+        self,
+        queries: Preconditioned,
+        keep: int,
+        *,
+        groups: Int[Tensor, " train"] | None = None,
+        by_layer: Iterable[str] = (),
+    ):
+        super().__init__(queries, by_layer)
+        n_groups = 1 if groups is None else int(groups.max()) + 1
+        self.keep, self.groups = keep, groups
+        zeros = partial(torch.zeros, dtype=torch.float64)
+        self.layer_totals = {name: zeros(queries.n) for name in self.layers}
+        self.totals = zeros(2, queries.n, n_groups)  # of what is positive, of what is negative
+        self.ends = [zeros(queries.n, 0) for _ in range(2)]  # largest, smallest
+        self.index = [torch.zeros(queries.n, 0, dtype=torch.int64) for _ in range(2)]
+
+    def _store(self, scores: Tensor, index: Tensor) -> None:
+        group = torch.zeros_like(index) if self.groups is None else self.groups[index]
+        self.totals[0].index_add_(1, group, scores.clamp(min=0))
+        self.totals[1].index_add_(1, group, scores.clamp(max=0))
+        whole = index.expand(len(scores), -1)
+        for side in range(2):
+            self._keep(side, scores, whole)
+
+    def _keep(self, side: int, scores: Tensor, index: Tensor) -> None:
+        scores = torch.cat([self.ends[side], scores], dim=1)
+        index = torch.cat([self.index[side], index], dim=1)
+        k = min(self.keep, scores.shape[1])
+        self.ends[side], place = scores.topk(k, dim=1, largest=side == 0)
+        self.index[side] = index.gather(1, place)
+
+    def _store_layer(self, name: str, part: Tensor, index: Tensor) -> None:
+        self.layer_totals[name] += part.abs().sum(1)
+
+    def merge(self, other: "StrongestScores") -> None:
+        self.totals += other.totals
+        for name, total in other.layer_totals.items():
+            self.layer_totals[name] += total
+        for side in range(2):
+            self._keep(side, other.ends[side], other.index[side])
+
+    def finish(self) -> Int[Tensor, " kept"]:
+        """Numbers of all examples that are among the ends of any query, ascending."""
+        return torch.cat(self.index, dim=1).unique()
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = {"totals": self.totals}
+        state |= {f"v{i}": v for i, v in enumerate(self.ends)}
+        state |= {f"i{i}": v for i, v in enumerate(self.index)}
+        return state | {f"l:{k}": v for k, v in self.layer_totals.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.totals = tensors["totals"]
+        self.ends = [tensors[f"v{i}"] for i in range(2)]
+        self.index = [tensors[f"i{i}"] for i in range(2)]
+        self.layer_totals = {k: tensors[f"l:{k}"] for k in self.layer_totals}
 
 
 class ReplicateScores(Accumulator):

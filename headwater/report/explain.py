@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,6 @@ from headwater.core.scores import Scores
 from headwater.trace.influence import Influence
 
 NOISE_LEVEL = 0.05  # a rank counts as told apart from noise below this p-value
-_MOST_LAYER_SCORES = 50_000_000
 
 
 class Readable(Protocol):
@@ -65,7 +65,9 @@ def explain(
     method = influence or Influence(n_intervals=top)
     n_answers = len(queries) // 2 if contrast else len(queries)
     weights = torch.cat([torch.eye(n_answers), -torch.eye(n_answers)], dim=1) if contrast else None
-    n_scores = len(fit.followed) * n_answers * len(fit.train)
+    method = (
+        method if method.keep is not None else replace(method, keep=max(top, method.n_intervals))
+    )
     scores = method.attribute(
         fit,
         queries,
@@ -73,16 +75,18 @@ def explain(
         weights=weights,
         names=queries.ids[:n_answers],
         control=control,
-        by_layer=n_scores <= _MOST_LAYER_SCORES,
+        by_layer=True,
+        group_by=source,
         progress=progress,
     )
     raised, lowered = scores.top(top), scores.top(top, lowest=True)
     chosen = sorted({i for side in (raised, lowered) for row in side for i in row})
+    numbers = [scores.index(i) for i in chosen]
     parts, _ = method.tokens(
-        fit, queries, chosen, measurement=measurement, weights=weights, progress=progress
+        fit, queries, numbers, measurement=measurement, weights=weights, progress=progress
     )
     place = {example: j for j, example in enumerate(chosen)}
-    losses = _losses(fit, fit.train.subset(chosen))
+    losses = _losses(fit, fit.train.subset(numbers))
     answers = []
     for q in range(n_answers):
         sides = [
@@ -117,7 +121,7 @@ def _readable(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _influencer(fit: Fit, scores: Scores, q: int, i: int, parts: Tensor, loss: float) -> Influencer:
-    tokens = tuple(fit.train.tokens(i))  # type: ignore[attr-defined]
+    tokens = tuple(fit.train.tokens(scores.index(i)))  # type: ignore[attr-defined]
     return Influencer(
         example_id=scores.train_ids[i],
         score=float(scores.values[q, i]),
@@ -208,28 +212,27 @@ def _losses(fit: Fit, examples: Examples) -> list[float]:
 def _totals(scores: Scores, q: int, source: str | None) -> tuple[SourceTotal, ...]:
     if source is None:
         return ()
-    members: dict[str, list[float]] = defaultdict(list)
-    for name, value in zip(scores.metadata[source], scores.values[q].tolist(), strict=True):
-        members[str(name)].append(value)
+    groups = scores.by(source)
+    columns = zip(
+        groups.names,
+        groups.counts,
+        groups.raised[q].tolist(),
+        groups.lowered[q].tolist(),
+        strict=True,
+    )
     totals = [
-        SourceTotal(
-            name=name,
-            raised=sum(v for v in values if v > 0),
-            lowered=sum(v for v in values if v < 0) + 0.0,
-            net=sum(values),
-            n=len(values),
-        )
-        for name, values in members.items()
+        SourceTotal(name=name, raised=raised, lowered=lowered + 0.0, net=raised + lowered, n=n)
+        for name, n, raised, lowered in columns
     ]
     return tuple(sorted(totals, key=lambda t: -abs(t.net)))
 
 
 def _layer_shares(scores: Scores, q: int) -> dict[str, float]:
     """Share of the absolute score by block of layers: the numbered part of a layer's name, or the name itself."""
-    if scores.by_layer is None:
+    if scores.layer_totals is None:
         return {}
     sums: dict[str, float] = defaultdict(float)
-    for name, part in zip(scores.layers, scores.by_layer[:, q].abs().sum(1).tolist(), strict=True):
+    for name, part in zip(scores.layers, scores.layer_totals[:, q].tolist(), strict=True):
         block = re.search(r"\.(\d+)\.", name)
         sums[f"block {block.group(1)}" if block else name] += part
     total = sum(sums.values())

@@ -22,19 +22,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import Accumulator, Capture, Progress, sweep
+from headwater.core.cost import available_memory_bytes
 from headwater.core.curvature import Curvature, Layerwise, Preconditioned
 from headwater.core.damping import Damping, Inverse, mean_of
 from headwater.core.examples import Examples, as_examples
 from headwater.core.fit import Fit
 from headwater.core.gauss_newton import GaussNewtonProduct
 from headwater.core.gradients import CollectGradients, Gradients
-from headwater.core.scores import Scores, significance
-from headwater.core.scoring import PairScores, ReplicateScores, SelfScores, TokenScores
+from headwater.core.scores import GroupTotals, Scores, groups_of, significance
+from headwater.core.scoring import (
+    PairScores,
+    ReplicateScores,
+    SelfScores,
+    StrongestScores,
+    TokenScores,
+)
 from headwater.core.target import Loss, Measured
 from headwater.core.task import Measurement
 from headwater.numerics.linear_operator import conjugate_gradients
 from headwater.numerics.resampling import jackknife_interval
 from headwater.trace.base import Attributor
+
+_LEAST = {"rank": 1, "terms": 1, "n_intervals": 0, "cg_steps": 0, "keep": 1}
 
 
 def query_gradients(
@@ -71,16 +80,75 @@ def inner_products(
 ) -> PairScores:
     """Inner products of prepared queries with the gradients of every example, in one sweep."""
     pairs = PairScores(prepared, len(examples), by_layer=by_layer)
-    sweep(
-        fit.capture(),
-        examples,
-        [pairs],
-        Loss(),
-        batches=fit.batches(examples),
-        progress=progress,
-        note=note,
-    )
+    _gather(fit, examples, [pairs], progress, note)
     return pairs
+
+
+def score(
+    fit: Fit,
+    prepared: Preconditioned,
+    *,
+    scale: float = -1.0,
+    keep: int | None = None,
+    group_by: str | None = None,
+    by_layer: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`scale` times the inner products of prepared queries with the training data, as fields of `Scores`.
+
+    Args:
+        fit: The fitted model.
+        prepared: The queries.
+        scale: Negative, as a loss gradient is what an example takes away.
+        keep: Keep so many of the strongest on each side of each query while they stream by, and score those again
+            for every query; None keeps all.
+        group_by: Metadata column to total by, over all examples.
+        by_layer: Also tell layers apart.
+        progress: Called with (done, total, note).
+    """
+    train, layers = fit.train, [layer.name for layer in fit.followed] if by_layer else []
+    found: dict[str, Any] = {"n_train": len(train), "layers": layers}
+    if keep is None:
+        _check_size(prepared.n, len(train), len(layers))
+        names, kept = [], train
+    else:
+        names, group = groups_of(train.metadata, group_by) if group_by else ([], None)
+        strongest = StrongestScores(prepared, keep, groups=group, by_layer=layers)
+        _gather(fit, train, [strongest], progress, "scores")
+        found["kept"] = strongest.finish().tolist()
+        kept = train.subset(found["kept"])
+        raised, lowered = (scale * strongest.totals).flip(0).float()
+        if group is not None:
+            counts = group.bincount(minlength=len(names)).tolist()
+            found["totals"] = GroupTotals(
+                column=str(group_by), names=names, counts=counts, raised=raised, lowered=lowered
+            )
+        if layers:
+            totals = torch.stack([strongest.layer_totals[name] for name in layers])
+            found["layer_totals"] = (abs(scale) * totals).float()
+    pairs = inner_products(fit, prepared, kept, by_layer=layers, progress=progress)
+    found |= {"values": scale * pairs.finish(), "train_ids": kept.ids, "metadata": kept.metadata}
+    if layers:
+        found["by_layer"] = scale * torch.stack([pairs.by_layer[name] for name in layers])
+        found.setdefault("layer_totals", found["by_layer"].abs().sum(2))
+    return found
+
+
+def _check_size(n_queries: int, n_train: int, n_layers: int) -> None:
+    need, free = 8 * n_queries * n_train * (2 + n_layers / 2), available_memory_bytes()
+    if need > free:
+        raise ValueError(
+            f"All scores of {n_queries:,} queries and {n_train:,} training examples take {need / 1e9:.1f} GB; "
+            f"{free / 1e9:.1f} GB are free. Pass keep=100 to keep the strongest of each query while they stream by."
+        )
+
+
+def _gather(
+    fit: Fit, examples: Examples, found: list, progress: Progress | None, note: str
+) -> None:
+    """One sweep of the losses' gradients."""
+    batches = fit.batches(examples)
+    sweep(fit.capture(), examples, found, Loss(), batches=batches, progress=progress, note=note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +166,8 @@ class Influence(Attributor):
             alone for larger models.
         cg_steps: Refine the inverse by this many steps of conjugate gradients against the exact Gauss–Newton matrix.
         cg_tolerance: Relative residual at which that stops.
+        keep: Keep so many of the strongest examples on each side of each query while scores stream by, in memory that
+            does not grow with the training data; None keeps the whole matrix.
     """
 
     paper: ClassVar[str] = "arXiv:2308.03296"
@@ -109,9 +179,10 @@ class Influence(Attributor):
     confidence_level: float = 0.95
     cg_steps: int = 0
     cg_tolerance: float = 1e-3
+    keep: int | None = None
 
     def __post_init__(self):
-        for name, least in (("rank", 1), ("terms", 1), ("n_intervals", 0), ("cg_steps", 0)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more; got {value}.")
@@ -130,9 +201,10 @@ class Influence(Attributor):
         names: Sequence[str] | None = None,
         control: Any = None,
         by_layer: bool = False,
+        group_by: str | None = None,
         progress: Progress | None = None,
     ) -> Scores:
-        """Scores of every training example for every query.
+        """Scores of every training example for every query, or of the strongest (`keep`).
 
         Args:
             fit: The fitted model.
@@ -143,6 +215,7 @@ class Influence(Attributor):
             names: Names of those groups.
             control: Examples that were held out of training; the scores' significance is measured against theirs.
             by_layer: Also return each layer's part.
+            group_by: Metadata column to total by; needed only with `keep`.
             progress: Called with (done, total, note).
         """
         started = time.perf_counter()
@@ -150,25 +223,29 @@ class Influence(Attributor):
         gradients = query_gradients(fit, examples, measurement, weights, progress)
         damping = fit.damping(self.damping)
         prepared, refined = self._prepare(fit, fit.curvature, gradients, damping, progress)
-        layers = [layer.name for layer in fit.followed] if by_layer else []
-        pairs = inner_products(fit, prepared, fit.train, by_layer=layers, progress=progress)
         n = len(fit.train)
-        values = -pairs.finish() / n
+        found = score(
+            fit,
+            prepared,
+            scale=-1 / n,
+            keep=self.keep,
+            group_by=group_by,
+            by_layer=by_layer,
+            progress=progress,
+        )
+        values = found.pop("values")
         facts = self._facts(fit, damping) | refined
-        low, high = self._intervals(fit, gradients, damping, values, progress)
+        low, high = self._intervals(fit, gradients, damping, values, found.get("kept"), progress)
         held = None
         if control is not None:
             others = as_examples(control)
-            held = (
-                -inner_products(fit, prepared, others, progress=progress, note="held-out").finish()
-                / n
-            )
+            pairs = inner_products(fit, prepared, others, progress=progress, note="held-out")
+            held = -pairs.finish() / n
         facts["seconds"] = time.perf_counter() - started
         ids = examples.ids if weights is None else list(names or map(str, range(len(gradients))))
         return Scores(
             values=values.float(),
             query_ids=ids,
-            train_ids=fit.train.ids,
             measurement=measurement_name(
                 fit.task.measurement_of if measurement is None else measurement
             ),
@@ -176,10 +253,8 @@ class Influence(Attributor):
             high=high,
             significance=None if held is None else significance(values, held),
             control=None if held is None else held.float(),
-            by_layer=-torch.stack([pairs.by_layer[x] for x in layers]) / n if by_layer else None,
-            layers=layers,
-            metadata=fit.train.metadata,
             facts=facts,
+            **found,
         )
 
     def _prepare(
@@ -213,6 +288,7 @@ class Influence(Attributor):
         gradients: Gradients,
         damping: Damping,
         values: Tensor,
+        kept: Sequence[int] | None,
         progress: Progress | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Jackknife intervals of the strongest examples: the curvature with one fold left out each time."""
@@ -221,7 +297,7 @@ class Influence(Attributor):
             return None, None
         ends = torch.cat([values.topk(k).indices, values.topk(k, largest=False).indices], dim=1)
         chosen = ends.unique()
-        some = fit.train.subset(chosen.tolist())
+        some = fit.train.subset([c if kept is None else kept[c] for c in chosen.tolist()])
         scores = -_replicate_scores(fit, gradients, Inverse(damping), some, progress) / len(
             fit.train
         )

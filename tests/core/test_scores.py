@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater.core.scores import Scores, significance
+from headwater.core.scores import GroupTotals, Scores, significance
 
 
 def scores(**more) -> Scores:
@@ -54,10 +54,40 @@ def test_top_of_both_sides():
 
 def test_totals_by_a_column():
     totals = scores().by("source")
-    assert totals["x"].tolist() == [3.5, -1.0] and totals["y"].tolist() == [-1.0, 1.0]
-    assert list(scores().by("year")) == ["1", "2", "3", "4"]
+    assert totals.names == ["x", "y"] and totals.counts == [2, 2]
+    assert totals.raised.tolist() == [[3.5, 1.0], [0.0, 4.0]]
+    assert totals.lowered.tolist() == [[0.0, -2.0], [-1.0, -3.0]]
+    assert totals.net.tolist() == [[3.5, -1.0], [-1.0, 1.0]]
+    assert scores().by("year").names == ["1", "2", "3", "4"]
     with pytest.raises(ValueError, match="no metadata column 'author'; there are: source, year"):
         scores().by("author")
+
+
+def some_kept(**more) -> Scores:
+    totals = GroupTotals(
+        column="source",
+        names=["x", "y"],
+        counts=[50, 49],
+        raised=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        lowered=torch.tensor([[0.0, -2.0], [-1.0, -3.0]]),
+    )
+    return scores(kept=[4, 7, 50, 98], n_train=99, totals=totals, **more)
+
+
+def test_scores_of_the_strongest_know_their_numbers_and_the_totals_of_all(tmp_path):
+    found = some_kept(layer_totals=torch.rand(1, 2), layers=["fc"])
+    assert [found.index(i) for i in range(4)] == [4, 7, 50, 98]
+    assert found.by("source").net.tolist() == [[1.0, 0.0], [2.0, 1.0]]
+    with pytest.raises(ValueError, match=r"strongest 4 of 99.*group_by='year'"):
+        found.by("year")
+    assert "4 training examples kept of 99" in repr(found)
+    found.save(tmp_path / "scores")
+    back = Scores.load(tmp_path / "scores")
+    assert back.kept == found.kept and back.n_train == 99
+    assert torch.equal(back.by("source").raised, found.by("source").raised)
+    assert back.layer_totals is not None and torch.equal(back.layer_totals, found.layer_totals)
+    with pytest.raises(ValueError, match="need n_train and a number for each of the 4"):
+        scores(kept=[1, 2])
 
 
 def test_a_contrast_is_the_difference():

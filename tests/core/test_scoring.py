@@ -9,11 +9,19 @@ from headwater.core import scoring
 from headwater.core.capture import BatchInfo, Rows
 from headwater.core.curvature import Preconditioned
 from headwater.core.gradients import Factored, Gradients, dense
-from headwater.core.scoring import Norms, PairScores, ReplicateScores, SelfScores, TokenScores
+from headwater.core.scoring import (
+    Norms,
+    PairScores,
+    ReplicateScores,
+    SelfScores,
+    StrongestScores,
+    TokenScores,
+)
 from tests.curvature_cases import layer_of, random_rows
 
 LAYERS = [layer_of("x", 3, 4), layer_of("y", 2, 4, group="x"), layer_of("c", 2, 3, groups=2)]
 N, POS, Q = 9, 3, 2
+GROUPS = torch.arange(N) % 3
 
 
 def setting(seed: int = 0, pos: int = POS):
@@ -42,6 +50,7 @@ def make(kind: str, queries: Gradients, bases: dict, factors: dict):
     prepared = Preconditioned(queries)
     return {
         "pairs": lambda: PairScores(prepared, N, by_layer=["x", "c"]),
+        "strongest": lambda: StrongestScores(prepared, 2, groups=GROUPS, by_layer=["x", "c"]),
         "replicates": lambda: ReplicateScores(queries, bases, factors, N),
         "tokens": lambda: TokenScores(prepared, N, POS),
         "self": lambda: SelfScores(bases, {k: f[0] for k, f in factors.items()}, N),
@@ -59,7 +68,7 @@ def feed(accumulator, rows: list[Rows], start: int, stop: int):
     return accumulator
 
 
-@pytest.mark.parametrize("kind", ["pairs", "replicates", "tokens", "self", "norms"])
+@pytest.mark.parametrize("kind", ["pairs", "strongest", "replicates", "tokens", "self", "norms"])
 @settings(max_examples=15)
 @given(
     cuts=st.lists(st.integers(1, N - 1), unique=True, max_size=3).map(sorted),
@@ -93,6 +102,37 @@ def test_pairs_equal_inner_products_and_layers_add_up(pos):
     torch.testing.assert_close(
         total.double(), found.finish(), rtol=1e-5, atol=1e-5
     )  # kept in float32
+
+
+def test_the_strongest_and_the_totals_equal_those_of_the_whole_matrix():
+    rows, queries, *_ = setting(5)
+    whole, prepared = queries.inner(gradients(rows)), Preconditioned(queries)
+    found = StrongestScores(prepared, 2, groups=GROUPS, by_layer=["x", "y", "c"])
+    for start in range(0, N, 2):
+        feed(found, rows, start, min(N, start + 2))
+    for side, largest in enumerate((True, False)):
+        values, index = whole.topk(2, dim=1, largest=largest)
+        torch.testing.assert_close(found.ends[side], values)
+        assert torch.equal(found.index[side], index)
+    assert found.finish().tolist() == sorted({i for x in found.index for i in x.flatten().tolist()})
+    for g in range(3):
+        part = whole[:, g == GROUPS]
+        torch.testing.assert_close(found.totals[0][:, g], part.clamp(min=0).sum(1))
+        torch.testing.assert_close(found.totals[1][:, g], part.clamp(max=0).sum(1))
+    pairs = feed(PairScores(prepared, N, by_layer=["x", "y", "c"]), rows, 0, N)
+    for name, part in pairs.by_layer.items():
+        total = part.abs().sum(1).double()  # kept in float32
+        torch.testing.assert_close(found.layer_totals[name], total, rtol=1e-5, atol=1e-5)
+
+
+def test_what_streaming_holds_does_not_grow_with_the_examples():
+    rows, queries, *_ = setting(6)
+    found = StrongestScores(Preconditioned(queries), 2, by_layer=["x"])
+    sizes = []
+    for _ in range(3):
+        feed(found, rows, 0, N)
+        sizes.append(sum(t.numel() for t in found.tensors().values()))
+    assert sizes == [2 * Q * 2 * 2 + 2 * Q + Q] * 3
 
 
 @pytest.mark.parametrize("pos", [1, 3, 50])
@@ -139,6 +179,8 @@ def test_tokens_and_the_rest_add_up_to_the_pairs():
 def test_what_is_left_to_the_end_of_a_batch_is_added_and_layers_are_told_apart():
     class Late(Preconditioned):
         """Half of the scores come when a batch ends."""
+
+        layers_add_up = False
 
         def layer(self, name, block):
             part = super().layer(name, block)

@@ -222,6 +222,43 @@ def test_layers_add_up_to_the_total(name, curvature):
 
 
 @pytest.mark.parametrize("curvature", [EKFAC(), Dual()], ids=lambda c: c.kind)
+def test_keeping_the_strongest_gives_the_same_scores_intervals_and_totals(curvature):
+    found = shared("lm")
+    train, fitted = found.train, found.fitted(curvature)
+    options = {"damping": RHO, "n_intervals": 2}
+    asked = {"by_layer": True, "group_by": "source", "control": found.query}
+    whole = Influence(**options).attribute(fitted, found.query, **asked)
+    kept = Influence(**options, keep=2).attribute(fitted, found.query, **asked)
+    columns = kept.kept
+    assert whole.kept is None and columns is not None and kept.n_train == len(train)
+    assert len(columns) <= 2 * 2 * len(found.query) and kept.train_ids == [
+        train.ids[i] for i in columns
+    ]
+    for q, (mine, its) in enumerate(zip(kept.top(2), whole.top(2), strict=True)):
+        assert [kept.index(i) for i in mine] == its
+        low, high = (torch.tensor(x) for x in (mine, its))
+        torch.testing.assert_close(kept.low[q, low], whole.low[q, high], rtol=1e-4, atol=1e-6)
+    for name in ("values", "significance"):
+        torch.testing.assert_close(
+            getattr(kept, name), getattr(whole, name)[:, columns], rtol=1e-4, atol=1e-6
+        )
+    torch.testing.assert_close(kept.by_layer, whole.by_layer[:, :, columns], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(kept.layer_totals, whole.layer_totals, rtol=1e-4, atol=1e-6)
+    mine, its = kept.by("source"), whole.by("source")
+    assert (mine.names, mine.counts) == (its.names, its.counts) == (["a", "b"], mine.counts)
+    for name in ("raised", "lowered", "net"):
+        torch.testing.assert_close(getattr(mine, name), getattr(its, name), rtol=1e-4, atol=1e-6)
+    assert kept.metadata["source"] == [train.metadata["source"][i] for i in columns]
+
+
+def test_a_matrix_that_does_not_fit_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr("headwater.trace.influence.available_memory_bytes", lambda: 100)
+    found = shared("mlp")
+    with pytest.raises(ValueError, match="Pass keep=100 to keep the strongest"):
+        Influence(damping=RHO).attribute(found.fitted(EKFAC()), found.query)
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(), Dual()], ids=lambda c: c.kind)
 def test_tokens_and_the_rest_add_up_to_the_score(curvature):
     found = shared("lm")
     fitted, method = found.fitted(curvature), Influence(damping=RHO)

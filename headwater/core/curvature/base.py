@@ -24,6 +24,8 @@ class Preconditioned:
         queries: The preconditioned gradients.
     """
 
+    layers_add_up: ClassVar[bool] = True  # whether `layer` gives a layer's whole part
+
     def __init__(self, queries: Gradients):
         self.queries = queries
         self.n = len(queries)

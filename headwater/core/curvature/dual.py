@@ -62,6 +62,8 @@ def gram_middle(
 class _Combined(Preconditioned):
     r"""$f(0)\,q + \sum_r c_r v_r$, left as a combination of rows: cheaper than its sum for many queries."""
 
+    layers_add_up = False
+
     def __init__(self, base: Gradients, f0: float, coefficients: Tensor, rows: Gradients):
         self.base, self.f0, self.coefficients, self.rows = base, f0, coefficients, rows
         self.n = len(base)
