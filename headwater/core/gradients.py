@@ -73,7 +73,10 @@ def dense(block: Block) -> Tensor:
 
 
 def inner(x: Block, y: Block) -> Float[Tensor, "n m"]:
-    """Inner products of all pairs of gradients of one layer, in the cheapest order of contraction."""
+    """Inner products of all pairs of gradients of one layer, in the cheapest order of contraction.
+
+    Of bfloat16 and float32 the products are bfloat16 and their sums float32; otherwise the wider type serves.
+    """
     x, y = _alike(x, y)
     if isinstance(x, Factored) and isinstance(y, Factored):
         pairs = len(x) * len(y)
@@ -84,23 +87,37 @@ def inner(x: Block, y: Block) -> Float[Tensor, "n m"]:
         return _inner_half(dense(y), x).mT
     if isinstance(y, Factored):
         return _inner_half(x, y)
-    return x.flatten(1) @ y.flatten(1).mT
+    return _products(x, y)
 
 
 def _alike(x: Block, y: Block) -> tuple[Block, Block]:
-    """Both in the wider of their two precisions."""
+    """Both in the precision of their product; whole matrices stay wide, since reading them is what they cost."""
+    if {x.dtype, y.dtype} == {torch.bfloat16, torch.float32}:
+        x, y = (b.to(torch.bfloat16) if isinstance(b, Factored) else b.float() for b in (x, y))
+        return x, y
     wide = torch.promote_types(x.dtype, y.dtype)
     return x.to(wide), y.to(wide)
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """The type that sums are kept in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of whole gradients, in float32 at least."""
+    common = torch.promote_types(_wide(x), y.dtype)
+    return x.to(common).flatten(1) @ y.to(common).flatten(1).mT
+
+
 def _inner_gram(x: Factored, y: Factored) -> Tensor:
     """Sum over positions of (a_t · a_s)(g_t · g_s)."""
-    n, m = len(x), len(y)
-    total = x.a.new_zeros(n, m)
+    n, m, wide = len(x), len(y), _wide(x.a)
+    total = x.a.new_zeros(n, m, dtype=wide)
     step = max(1, _CHUNK // (m * x.pos * y.pos))
     for start in range(0, n, step):
         part = x[start : start + step]
-        gram = part.a.flatten(-3, -2) @ y.a.flatten(-3, -2).mT
+        gram = (part.a.flatten(-3, -2) @ y.a.flatten(-3, -2).mT).to(wide)
         gram = gram * (part.g.flatten(-3, -2) @ y.g.flatten(-3, -2).mT)
         if gram.ndim == 3:
             gram = gram.sum(0)
@@ -120,17 +137,11 @@ def _inner_half(x: Tensor, y: Factored) -> Tensor:
     by_sides = n * pos * (1 + _WRITE / sides[1])
     if x.ndim > 3 or by_sides > n + pos + _WRITE:
         step = max(1, _CHUNK // x[0].numel())
-        flat = x.flatten(1)
-        return torch.cat(
-            [flat @ y[s : s + step].dense().flatten(1).mT for s in range(0, m, step)], dim=1
-        )
-    parts = []
-    for start in range(0, m, step := max(1, _CHUNK // (n * pos * sides[0]))):
-        a, g = y.a[start : start + step], y.g[start : start + step]
-        first, last, weights = (a, g, x.mT) if a.shape[-1] >= g.shape[-1] else (g, a, x)
-        seen = (first.flatten(0, 1) @ weights).view(n, len(a), pos * sides[0])
-        parts.append(torch.einsum("nms,ms->nm", seen, last.flatten(1)))
-    return torch.cat(parts, dim=1)
+        return torch.cat([_products(x, y[s : s + step].dense()) for s in range(0, m, step)], dim=1)
+    long, short, weights = (y.a, y.g, x.mT) if y.a.shape[-1] >= y.g.shape[-1] else (y.g, y.a, x)
+    long, short = long.flatten(0, 1), short.flatten(0, 1)
+    rows = [(long @ matrix.to(long)).mul_(short).sum(-1, dtype=_wide(long)) for matrix in weights]
+    return torch.stack(rows).view(n, m, pos).sum(-1)
 
 
 def combined(block: Block, weights: Float[Tensor, "k n"]) -> Float[Tensor, "k ..."]:

@@ -66,8 +66,9 @@ def squared_sum(
 
     With one position the square factorizes, $(g'\circ g')^\top(a'\circ a')$, and no gradient is formed. With more,
     tokens are rotated before the sum, or the sum after, whichever needs fewer multiplications; at most `limit`
-    numbers of gradients are held at a time.
+    numbers of gradients are held at a time. Sums over examples are taken in float32 at least.
     """
+    wide = torch.promote_types(a.dtype, torch.float32)
     pos, d_in, d_out = a.shape[-2], a.shape[-1], g.shape[-1]
     if pos == 1:
         g2 = rotate(g, Q_G).squeeze(-2).square()
@@ -80,7 +81,7 @@ def squared_sum(
         a, g = rotate(a, Q_A), rotate(g, Q_G)
     batch = a.shape[-3]
     step = max(1, limit // (d_in * d_out * prod(a.shape[:-3])))
-    total = a.new_zeros(*a.shape[:-3], d_out, d_in)
+    total = a.new_zeros(*a.shape[:-3], d_out, d_in, dtype=wide)
     for start in range(0, batch, step):
         part = slice(start, start + step)
         rotated = gradient(a[..., part, :, :], g[..., part, :, :])
@@ -88,7 +89,7 @@ def squared_sum(
             rotated = change_basis(rotated.movedim(-3, 0), Q_A, Q_G).movedim(0, -3)
         square = rotated.square_()
         if weight is None:
-            total += square.sum(dim=-3)
+            total += square.sum(dim=-3, dtype=wide)
         else:
             total += torch.tensordot(weight[part], square.movedim(-3, 0), dims=1)
     return total

@@ -77,10 +77,23 @@ def test_few_queries_contract_the_longer_side_first(n, pos, d_in, d_out, monkeyp
 def test_the_wider_precision_is_used():
     x, y = factored(2, 1, 3, 4), factored(3, 1, 3, 4)
     low = Factored(y.a.bfloat16(), y.g.bfloat16())
-    assert inner(x.to(torch.float32), low).dtype == torch.float32
     expected = matrices(x) @ matrices(low.to(torch.float64)).mT
     torch.testing.assert_close(inner(x, low), expected)
     assert low.dtype == torch.bfloat16 and low.to(torch.bfloat16) is low
+
+
+@pytest.mark.parametrize("pos", [1, 3, 60])
+@pytest.mark.parametrize("whole", [True, False])
+def test_bfloat16_products_have_float32_sums(pos, whole):
+    n = 4000  # a sum of so many terms in bfloat16 would be far off
+    x, y = factored(2, pos, n, 3).to(torch.float32), factored(3, pos, n, 3).to(torch.bfloat16)
+    x = Factored(x.a.abs(), x.g.abs())
+    y = Factored(y.a.abs(), y.g.abs())
+    expected = matrices(x.to(torch.float64)) @ matrices(y.to(torch.float64)).mT
+    found = inner(x.dense() if whole else x, y)
+    assert found.dtype == torch.float32
+    # 2^-9 for each rounding, of the factors and of a product of theirs
+    torch.testing.assert_close(found.double(), expected, rtol=4 * 2**-9, atol=0)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from headwater.core.capture import sweep
+from headwater.core.capture import Precision, sweep
 from headwater.core.curvature.base import (
     Curvature,
     CurvatureMethod,
@@ -63,13 +63,11 @@ class Layerwise(Curvature):
     def apply(self, gradients: Gradients, function: SpectralFunction) -> Gradients:
         applied = {}
         for name, block in gradients.blocks.items():
-            x = dense(block)
             eigenvalues = self.eigenvalues[name]
+            x = dense(in_basis(block, self.bases[name]))
             Q_A, Q_G = (None if q is None else q.to(x) for q in self.bases[name])
             factor = function(eigenvalues, mean_of(eigenvalues)).to(x)
-            applied[name] = kronecker.change_back(
-                kronecker.change_basis(x, Q_A, Q_G) * factor, Q_A, Q_G
-            )
+            applied[name] = kronecker.change_back(x * factor, Q_A, Q_G)
         return Gradients(applied)
 
     def prepare(
@@ -191,6 +189,7 @@ class _Sampled(CurvatureMethod):
         *,
         stage: str,
         seed: int,
+        precision: Precision = "model",
     ) -> LostTrace:
         """One resumable sweep of the labels' gradients, stopped early where that is asked for."""
         target = fisher_target(self.fisher, draws=self.draws, cut=self.cut, seed=seed)
@@ -205,7 +204,7 @@ class _Sampled(CurvatureMethod):
 
         lost = LostTrace(target)
         sweep(
-            context.capture,
+            context.capture.at(precision, context.examples),
             context.examples,
             [accumulator, lost],
             target,
@@ -287,6 +286,7 @@ class EKFAC(KFAC):
 
     folds: int = 5
     own_bases: bool | None = None
+    precision: Precision = "auto"
 
     def has_own_bases(self, layers: Sequence[Layer]) -> bool:
         """Whether each fold of these layers gets an eigenbasis of its own."""
@@ -300,21 +300,25 @@ class EKFAC(KFAC):
         if self.has_own_bases(layers) and len({batch.fold for batch in context.batches}) > 1:
             return self._fit_by_fold(context, layers)
         moments, _ = self.moments(context)
-        _, bases = eigenbases(moments)
+        _, bases = eigenbases(moments, values=False)
         sums = EigenvalueSums(context.capture.layers.values(), bases, folds=self.folds)
-        # fresh labels, so that the eigenvalues are not fitted to the draws that chose the basis
-        lost = self._pass(context, sums, stage="eigenvalues", seed=self.seed + 1)
+        lost = self._eigenvalues(context, sums)
         facts = _facts(lost, moments=moments, eigenvalues=sums)
         return Layerwise(bases, sums.finish(), sums.n_examples, facts)
+
+    def _eigenvalues(self, context: FitContext, sums: EigenvalueSums | ByFold) -> LostTrace:
+        # fresh labels, so that the eigenvalues are not fitted to the draws that chose the basis
+        seed = self.seed + 1
+        return self._pass(context, sums, stage="eigenvalues", seed=seed, precision=self.precision)
 
     def _fit_by_fold(self, context: FitContext, layers: list[Layer]) -> Layerwise:
         """The same, with a replicate for each fold that has its own factors, basis and eigenvalues."""
         gathered = MomentsByFold(layers, self.folds, **self._moment_options)
         self._pass(context, gathered, stage="moments", seed=self.seed)
         left_out = [None, *range(self.folds)]
-        bases = [eigenbases(gathered.without(fold))[1] for fold in left_out]
+        bases = [eigenbases(gathered.without(fold), values=False)[1] for fold in left_out]
         sums = EigenvaluesByFold(layers, bases, self.folds)
-        lost = self._pass(context, sums, stage="eigenvalues", seed=self.seed + 1)
+        lost = self._eigenvalues(context, sums)
         whole, *rest = sums.eigenvalues
         facts = _facts(lost, moments=gathered.without(None), eigenvalues=whole)
         others = [
@@ -324,21 +328,27 @@ class EKFAC(KFAC):
         return Layerwise(bases[0], whole.finish(), whole.n_examples, facts, others)
 
 
-def eigenbases(moments: SecondMoments) -> tuple[dict[str, Tensor], dict[str, Basis]]:
-    """Eigenvalues of every factor, and the bases (Q_A, Q_G) of every layer, in the factors' own precision."""
-    values: dict[str, Tensor] = {}
+def eigenbases(
+    moments: SecondMoments, *, values: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Basis]]:
+    """Eigenvalues of every factor, and the bases (Q_A, Q_G) of every layer, in the factors' own precision.
+
+    Without `values` the factors are decomposed in their own precision, in half the time of float64: EK-FAC measures
+    its eigenvalues in whatever orthonormal basis it is given.
+    """
+    found: dict[str, Tensor] = {}
     vectors: dict[str, Tensor | None] = {}
     for name, moment in moments.finish().items():
         if moments.is_full(name):
-            values[name], basis = spectral.eigh(moment)
+            found[name], basis = spectral.eigh(moment, dtype=torch.float64 if values else None)
             vectors[name] = basis.to(moment)
         else:  # a long side keeps its diagonal: its basis is the identity
-            values[name], vectors[name] = moment, None
+            found[name], vectors[name] = moment, None
     bases = {
         name: (vectors[f"A:{layer.input_group}"], vectors[f"G:{name}"])
         for name, layer in moments.layers.items()
     }
-    return values, bases
+    return found, bases
 
 
 def _facts(lost: LostTrace, **accumulators: SecondMoments | EigenvalueSums) -> dict[str, Any]:
