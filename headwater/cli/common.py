@@ -287,7 +287,7 @@ def run_record(model: Path) -> dict[str, Any]:
 
 def run_session(run: Path) -> tuple[Session, dict[str, Any]]:
     """The model and data that a run folder was made from, and its record."""
-    from headwater.core.store import read_json
+    from headwater.core.files import read_json
 
     place = run / RUN
     if not place.is_file():

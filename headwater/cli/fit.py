@@ -115,7 +115,7 @@ def run(words: list[str]) -> int:
             if isinstance(value, float)
             else f"  {name}: {value}"
         )
-    from headwater.core.store import read_json
+    from headwater.core.files import read_json
 
     damping = fitted.damping()
     say(
@@ -130,8 +130,8 @@ def run(words: list[str]) -> int:
 
 def fit_session(session: Session, command: Fit, *, quiet: bool = False) -> Any:
     """Fit, write the run's record, and return the fit."""
+    from headwater.core.files import read_json, write_json
     from headwater.core.fit import fit
-    from headwater.core.store import read_json, write_json
     from headwater.core.task import CausalLM
 
     record = dict(session.record)

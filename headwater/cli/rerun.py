@@ -36,7 +36,7 @@ def run(words: list[str]) -> int:
     command = parse(Rerun, words, prog="rerun")
     from headwater.cli.fit import CurvatureFlags, Fit, fit_session
     from headwater.cli.trace import InfluenceFlags, Trace, trace
-    from headwater.core.store import read_json
+    from headwater.core.files import read_json
 
     place = command.run / RUN
     if not place.is_file():

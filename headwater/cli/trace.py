@@ -108,8 +108,8 @@ def _check(command: Trace) -> None:
 def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     """Trace, save the evidence and its page, and return both. A finished trace of the same question is read."""
     from headwater.core.evidence import Evidence
+    from headwater.core.files import read_json, write_json
     from headwater.core.fingerprint import fingerprint_json
-    from headwater.core.store import read_json, write_json
     from headwater.report.html import write_html
 
     folder = command.run / "traces" / command.name
@@ -133,7 +133,8 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
 
 def _inputs(command: Trace) -> list[Any]:
     """What an answer depends on beside the question: the fit, and name, size and time of every file read."""
-    from headwater.core.store import Artifact, read_json
+    from headwater.core.files import read_json
+    from headwater.core.store import Artifact
 
     record = read_json(command.run / RUN)["fit"]
     manifest = Artifact.open(command.run / "fit", kind="fit").manifest

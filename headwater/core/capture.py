@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from headwater.core.checkpoint import Checkpoint
 from headwater.core.examples import Examples, take, to_device
 from headwater.core.layers import FUNCTIONAL, KINDS, Layer, Use
-from headwater.core.store import Checkpoint
 from headwater.core.target import Target
 from headwater.core.task import Task
 

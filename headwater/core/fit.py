@@ -11,6 +11,7 @@ from torch import nn
 
 from headwater.core import provenance
 from headwater.core.capture import BatchPlan, Capture, Progress, plan_batches
+from headwater.core.checkpoint import Checkpoint
 from headwater.core.curvature import (
     EKFAC,
     METHODS,
@@ -25,17 +26,12 @@ from headwater.core.curvature import (
 from headwater.core.damping import Damping, evidence, parse_damping
 from headwater.core.doctor import check_loss
 from headwater.core.examples import Examples, as_examples, to_device
+from headwater.core.files import ArtifactMismatch, ArtifactMissing
 from headwater.core.fingerprint import fingerprint_json, fingerprint_model
 from headwater.core.follow import Followed, follow
 from headwater.core.layers import Layer, Use
-from headwater.core.store import (
-    Artifact,
-    ArtifactMismatch,
-    ArtifactMissing,
-    ArtifactWriter,
-    Checkpoint,
-    FolderLock,
-)
+from headwater.core.locks import FolderLock
+from headwater.core.store import Artifact, ArtifactWriter
 from headwater.core.task import Task
 
 

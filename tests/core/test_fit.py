@@ -8,8 +8,8 @@ from headwater.core import capture
 from headwater.core.curvature import EKFAC, KFAC, Dense, Diagonal, Dual, Identity
 from headwater.core.damping import Damping, evidence
 from headwater.core.examples import TensorExamples
+from headwater.core.files import ArtifactError, ArtifactMismatch
 from headwater.core.fit import fit, load
-from headwater.core.store import ArtifactError, ArtifactMismatch
 from headwater.core.task import Classification, FunctionTask, Regression
 from headwater.trace.influence import Influence
 from tests.curvature_cases import case

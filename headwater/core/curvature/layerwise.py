@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headwater.core.capture import sweep
+from headwater.core.checkpoint import Checkpoint
 from headwater.core.curvature.base import (
     Curvature,
     CurvatureMethod,
@@ -27,7 +28,6 @@ from headwater.core.curvature.prepared import InEigenbasis, in_basis
 from headwater.core.damping import mean_of
 from headwater.core.gradients import Gradients, dense
 from headwater.core.layers import Layer
-from headwater.core.store import Checkpoint
 from headwater.core.target import Fisher, fisher_target
 from headwater.numerics import kronecker, spectral
 
