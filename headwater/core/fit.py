@@ -13,16 +13,14 @@ from headwater.core import provenance
 from headwater.core.capture import BatchPlan, Capture, Progress, plan_batches
 from headwater.core.checkpoint import Checkpoint
 from headwater.core.curvature import (
-    EKFAC,
-    METHODS,
     Curvature,
     CurvatureMethod,
     DenseCurvature,
-    Dual,
     DualCurvature,
     FitContext,
     restore,
 )
+from headwater.core.curvature.choice import choose_curvature
 from headwater.core.damping import Damping, evidence, parse_damping
 from headwater.core.doctor import check_loss
 from headwater.core.examples import Examples, as_examples, to_device
@@ -260,7 +258,7 @@ def fit(
         check_loss(model, task, probe)
     followed = follow(model, task, probe, layers=layers, skip=skip)
     capture = Capture(model, task, followed)
-    method = _choose(curvature, capture, examples)
+    method = choose_curvature(curvature, capture, examples)
     options = {
         "curvature": {"kind": method.kind} | {k: v for k, v in vars(method).items()},
         "layers": layers if isinstance(layers, str) else list(layers),
@@ -344,25 +342,6 @@ def _finished(place: Path, made_from: dict[str, str], options: dict[str, Any]) -
         k: saved.get(k) for k in ("weight_decay", "adaptive", "distance", "horizon")
     }
     return fingerprint_json(known) == fingerprint_json(options)
-
-
-def _choose(
-    curvature: CurvatureMethod | str, capture: Capture, examples: Examples
-) -> CurvatureMethod:
-    """The curvature asked for; for "auto", the dual form where its rows fit."""
-    if isinstance(curvature, CurvatureMethod):
-        return curvature
-    if curvature != "auto":
-        if curvature not in METHODS:
-            raise ValueError(
-                f"Expected a curvature among {', '.join(METHODS)} or 'auto'; got {curvature!r}."
-            )
-        return METHODS[curvature]()
-    from headwater.core.plan import dual_rows
-
-    method = Dual()
-    rows = dual_rows(capture, examples, cut=method.cut)
-    return method if rows is not None and rows <= method.max_rows else EKFAC()
 
 
 def _distance(model: nn.Module, followed: Followed) -> float:
