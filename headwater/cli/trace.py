@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from headwater.cli.common import RUN, parse, progress_bar, run_session, say, to_json
+from headwater.cli.common import progress_bar, run_session, say
+from headwater.cli.flags import RUN, parse, to_json
 
 if TYPE_CHECKING:
     from headwater.core.evidence import Evidence
@@ -189,7 +190,8 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
 
 def _queries(command: Trace, session: Any) -> Any:
     """The queries; alternatives, where there are any, follow the completions."""
-    from headwater.cli.common import DataFlags, read_examples
+    from headwater.cli.common import read_examples
+    from headwater.cli.flags import DataFlags
     from headwater.data.tokens import completion_examples
     from headwater.models.language import generate
 

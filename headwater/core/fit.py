@@ -22,7 +22,7 @@ from headwater.core.curvature import (
 )
 from headwater.core.curvature.choice import choose_curvature
 from headwater.core.damping import Damping, evidence, parse_damping
-from headwater.core.doctor import check_loss
+from headwater.core.doctor import check_classes, check_loss
 from headwater.core.examples import Examples, as_examples, to_device
 from headwater.core.files import ArtifactMismatch, ArtifactMissing
 from headwater.core.fingerprint import fingerprint_json, fingerprint_model
@@ -255,6 +255,7 @@ def fit(
     device = next(model.parameters()).device
     probe = to_device(examples.batch(range(min(2, len(examples)))), device)
     if check:
+        check_classes(model, task, examples, probe)
         check_loss(model, task, probe)
     followed = follow(model, task, probe, layers=layers, skip=skip)
     capture = Capture(model, task, followed)

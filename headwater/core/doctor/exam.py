@@ -18,9 +18,9 @@ from headwater.core.doctor.batches import (
     relettered,
 )
 from headwater.core.doctor.diagnosis import Check, name_some
-from headwater.core.examples import Examples, take, to_device
+from headwater.core.examples import Examples, TensorExamples, take, to_device
 from headwater.core.follow import coarsest_dtype
-from headwater.core.task import Task
+from headwater.core.task import Classification, LabelError, Task, check_labels
 
 
 def check_loss(model: nn.Module, task: Task, batch: Any) -> Tensor:
@@ -55,6 +55,28 @@ def check_loss(model: nn.Module, task: Task, batch: Any) -> Tensor:
             "padding that the model does not mask."
         )
     return losses
+
+
+def check_classes(model: nn.Module, task: Task, examples: Examples, first: Any) -> None:
+    """Proof that the model has an output for every label, where all labels are in memory anyway.
+
+    Args:
+        model: The model.
+        task: Its task; only classification has classes.
+        examples: The data.
+        first: A batch of the first few of them.
+
+    Raises:
+        LabelError: There is none for some label; the message names the example.
+    """
+    if not isinstance(task, Classification) or not isinstance(examples, TensorExamples):
+        return
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            outputs = task.predict(model, first).outputs
+        check_labels(examples.tensors[-1].reshape(-1).long(), outputs.shape[-1])
+    except LabelError as error:
+        raise error.named(repr(examples.ids[error.row])) from None
 
 
 class Exam:
@@ -112,6 +134,7 @@ class Exam:
             yield Check("loss", "fail", f"not finite for {named}", remedy)
             return
         yield Check("loss", "ok", f"one finite number an example, {float(losses.mean()):.4g} nats")
+        yield from self._classes()
         yield self._repeats(losses)
         try:
             alone = torch.cat([self._loss(single) for single in self.singles])
@@ -121,6 +144,15 @@ class Exam:
             return
         yield self._batching(losses, alone)
         yield from self._padding()
+
+    def _classes(self) -> Iterator[Check]:
+        """A label without an output, where all labels are in memory."""
+        first = to_device(self.examples.batch([0]), self.device)
+        try:
+            check_classes(self.model, self.task, self.examples, first)
+        except LabelError as error:
+            said, _, remedy = str(error).partition(". ")
+            yield Check("classes", "fail", said, remedy)
 
     def _repeats(self, losses: Tensor) -> Check:
         gap = largest_gap(losses, self._loss(self.batch))

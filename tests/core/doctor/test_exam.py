@@ -34,6 +34,15 @@ def test_a_loss_that_cannot_be_computed_is_a_finding_and_no_crash():
     assert "RuntimeError" in diagnosis["loss"].detail
 
 
+def test_a_label_without_an_output_is_found_in_examples_that_are_not_looked_at():
+    data = images(200)
+    data.tensors[1][199] = 3
+    diagnosis = examine(mlp(6, 3), data, Classification())
+    assert failed(diagnosis) == ["classes"]
+    assert "example '199' is 3" in diagnosis["classes"].detail
+    assert "output for every class" in diagnosis["classes"].remedy
+
+
 def test_hidden_functional_dropout_is_found():
     model = Forward(lambda self, x: self.head(F.dropout(x, 0.5)), head=nn.Linear(6, 3))
     diagnosis = examine(model, images(), Classification())
