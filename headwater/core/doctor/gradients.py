@@ -19,7 +19,7 @@ from headwater.core.gradients import Block, Factored, dense
 from headwater.core.target import Loss
 
 
-def compare(exam: Exam, followed: Followed) -> "_Compared":
+def compare(exam: Exam, followed: Followed) -> "Compared":
     """Gradients of every followed layer against autograd's."""
     compared = Compared(exam, followed)
     compared.run()
