@@ -57,14 +57,14 @@ def check_loss(model: nn.Module, task: Task, batch: Any) -> Tensor:
     return losses
 
 
-def check_classes(model: nn.Module, task: Task, examples: Examples, first: Any) -> None:
+def check_classes(model: nn.Module, task: Task, examples: Examples, batch: Any) -> None:
     """Proof that the model has an output for every label, where all labels are in memory anyway.
 
     Args:
         model: The model.
         task: Its task; only classification has classes.
         examples: The data.
-        first: A batch of the first few of them.
+        batch: A batch of some of them.
 
     Raises:
         LabelError: There is none for some label; the message names the example.
@@ -73,8 +73,11 @@ def check_classes(model: nn.Module, task: Task, examples: Examples, first: Any) 
         return
     try:
         with evaluation_mode(model), torch.no_grad():
-            outputs = task.predict(model, first).outputs
-        check_labels(examples.tensors[-1].reshape(-1).long(), outputs.shape[-1])
+            n_outputs = task.predict(model, batch).outputs.shape[-1]
+    except LabelError as error:
+        n_outputs = error.n_outputs
+    try:
+        check_labels(examples.tensors[-1].reshape(-1).long(), n_outputs)
     except LabelError as error:
         raise error.named(repr(examples.ids[error.row])) from None
 
@@ -147,9 +150,8 @@ class Exam:
 
     def _classes(self) -> Iterator[Check]:
         """A label without an output, where all labels are in memory."""
-        first = to_device(self.examples.batch([0]), self.device)
         try:
-            check_classes(self.model, self.task, self.examples, first)
+            check_classes(self.model, self.task, self.examples, self.batch)
         except LabelError as error:
             said, _, remedy = str(error).partition(". ")
             yield Check("classes", "fail", said, remedy)
