@@ -5,7 +5,8 @@ from pathlib import Path
 
 import tyro
 
-from headwater.cli.common import RUN, parse
+from headwater.cli.common import emit_json
+from headwater.cli.flags import RUN, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,15 +17,17 @@ class Cite:
 
     Args:
         run: The run folder.
+        json: Print the entries as JSON, by paper.
     """
 
     run: tyro.conf.Positional[Path]
+    json: bool = False
 
 
 def run(words: list[str]) -> int:
     command = parse(Cite, words, prog="cite")
     from headwater.core.evidence import Evidence
-    from headwater.core.provenance import cite, papers
+    from headwater.core.provenance import PAPERS, cite, papers
     from headwater.core.store import Artifact
 
     if not (command.run / RUN).is_file():
@@ -34,5 +37,9 @@ def run(words: list[str]) -> int:
         p for p in (command.run / "traces").glob("*") if p.is_dir() and not p.name.startswith(".")
     ):
         found += Evidence.load(folder).facts.get("papers", [])
-    print(cite({"papers": list(dict.fromkeys(found))}))
+    used = list(dict.fromkeys(found))
+    if command.json:
+        emit_json({"papers": {paper: PAPERS[paper] for paper in used if paper in PAPERS}})
+    else:
+        print(cite({"papers": used}))
     return 0

@@ -1,4 +1,4 @@
-"""What all commands share: flags for models and data, progress, errors, the run folder."""
+"""What all commands share: progress, errors, models with their data, the run folder."""
 
 import contextlib
 import json
@@ -6,81 +6,17 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import tyro
+from headwater.cli.flags import RUN, DataFlags, FollowFlags, Inputs, ModelFlags, Parsed, restore
 
 if TYPE_CHECKING:
     from headwater.core.capture import Progress
     from headwater.data.tokens import TextExamples
     from headwater.models.language import LanguageModel
-
-Command = TypeVar("Command")
-RUN = "run.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    """The model.
-
-    Args:
-        base: Folder of the base model, where an adapter does not name it.
-        dtype: Number format of the weights.
-    """
-
-    base: Path | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataFlags:
-    """The training data.
-
-    Args:
-        text: Column of plain text, all of it scored.
-        prompt: Column of prompts, not scored; with --completion.
-        completion: Column of completions, scored.
-        messages: Column of chats; the assistant's turns are scored.
-        max_length: Longest example in tokens; the model's context when left out.
-        limit: Read only so many examples.
-    """
-
-    text: str = "text"
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    max_length: int | None = None
-    limit: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FollowFlags:
-    """Which parameters are followed.
-
-    Args:
-        layers: Patterns of names; adapters only where there are any, else everything, when left out.
-        skip: Patterns of names to leave out.
-        batch_tokens: Most tokens in a batch.
-    """
-
-    layers: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    batch_tokens: int = 1024
-
-
-def parse(command: type[Command], words: Sequence[str], *, prog: str) -> Command:
-    """Flags from a command's dataclass, by tyro."""
-    try:
-        return tyro.cli(command, args=list(words), prog=f"headwater {prog}")
-    except SystemExit as stop:  # tyro has printed its message
-        raise _Parsed(int(stop.code or 0)) from None
-
-
-class _Parsed(Exception):
-    """The parser printed help or an error, and the command is over."""
 
 
 def guarded(call: Callable[[], int]) -> int:
@@ -88,7 +24,7 @@ def guarded(call: Callable[[], int]) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"headwater: {message}", file=sys.stderr)
     try:
         return call()
-    except _Parsed as stop:
+    except Parsed as stop:
         return stop.args[0]
     except KeyboardInterrupt:
         print(
@@ -210,15 +146,7 @@ class Session:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def open_session(
-    model: Path,
-    data: Path,
-    flags: DataFlags,
-    *,
-    choose: ModelFlags,
-    follow: FollowFlags,
-    heldout: Path | None = None,
-) -> Session:
+def open_session(inputs: Inputs, *, heldout: Path | None = None) -> Session:
     """Load the model and tokenize the data, saying what was done to long examples."""
     import torch
 
@@ -226,28 +154,33 @@ def open_session(
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_grad_enabled(True)
-    language = load_language_model(model, dtype=choose.dtype, base=choose.base)
-    train = read_examples(data, flags, language)
-    held = None if heldout is None else read_examples(heldout, flags, language, ids=set(train.ids))
+    weights, columns = inputs.weights, inputs.columns
+    language = load_language_model(inputs.model, dtype=weights.dtype, base=weights.base)
+    train = read_examples(inputs.data, columns, language)
+    held = None if heldout is None else read_examples(heldout, columns, language, train=train)
     named = [n for n, _ in language.model.named_parameters()]
     adapters = any("lora_" in n for n in named)
-    layers: str | list[str] = list(follow.layers) or (["*lora_*"] if adapters else "all")
+    layers: str | list[str] = list(inputs.follow.layers) or (["*lora_*"] if adapters else "all")
     return Session(
         language=language,
         train=train,
         heldout=held,
         layers=layers,
-        skip=list(follow.skip),
-        record=run_record(model),
+        skip=list(inputs.follow.skip),
+        record=run_record(inputs.model),
     )
 
 
 def read_examples(
-    path: Path, flags: DataFlags, language: "LanguageModel", ids: set[str] | None = None
+    path: Path,
+    flags: DataFlags,
+    language: "LanguageModel",
+    *,
+    train: "TextExamples | None" = None,
 ) -> "TextExamples":
-    """Examples of a file, with what happened to them said aloud."""
+    """Examples of a file, with what happened to them said aloud; so is what they share with `train`."""
     from headwater.data.text import read_records
-    from headwater.data.tokens import tokenize
+    from headwater.data.tokens import overlap, tokenize
 
     records = read_records(
         path,
@@ -255,17 +188,16 @@ def read_examples(
         prompt=flags.prompt,
         completion=flags.completion,
         messages=flags.messages,
+        unit=flags.unit,
         limit=flags.limit,
     )
-    length = flags.max_length or language.context_length
+    length = language.context_length if flags.max_length is None else flags.max_length
     examples = tokenize(records, language.tokenizer, max_length=length)
     for message in examples.report.messages:
         say(f"  {path.name}: {message}")
-    both = set(examples.ids) & (ids or set())
-    if both:
-        say(
-            f"  {path.name}: {len(both)} held-out ids also occur in the training data, such as {min(both)!r}."
-        )
+    shared = None if train is None else overlap(examples, train)
+    if shared:
+        say(f"  {path.name}: {shared}")
     return examples
 
 
@@ -287,7 +219,7 @@ def run_record(model: Path) -> dict[str, Any]:
 
 def run_session(run: Path) -> tuple[Session, dict[str, Any]]:
     """The model and data that a run folder was made from, and its record."""
-    from headwater.core.store import read_json
+    from headwater.core.files import read_json
 
     place = run / RUN
     if not place.is_file():
@@ -301,44 +233,12 @@ def run_session(run: Path) -> tuple[Session, dict[str, Any]]:
         raise ValueError(
             f"{place} does not hold the record of a fit; run `headwater fit … --out {run}` again."
         )
-    session = open_session(
-        Path(command["model"]),
-        Path(command["data"]),
-        restore(DataFlags, command["columns"]),
-        choose=restore(ModelFlags, command["weights"]),
+    inputs = Inputs(
+        model=Path(command["model"]),
+        data=Path(command["data"]),
+        columns=restore(DataFlags, command["columns"]),
+        weights=restore(ModelFlags, command["weights"]),
         follow=restore(FollowFlags, command["follow"]),
-        heldout=None if command["heldout"] is None else Path(command["heldout"]),
     )
-    return session, record
-
-
-def restore(cls: type[Command], values: dict[str, Any]) -> Command:
-    """A flags dataclass from its JSON form."""
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    unknown = set(values) - set(known)
-    if unknown:
-        raise ValueError(
-            f"{RUN} has options this version does not know: {', '.join(sorted(unknown))}."
-        )
-    made = {}
-    for name, value in values.items():
-        kind = str(known[name].type)
-        if value is not None and "Path" in kind:
-            value = Path(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        made[name] = value
-    return cls(**made)
-
-
-def to_json(command: Any) -> dict[str, Any]:
-    """A flags dataclass as JSON: paths as text, made absolute so that a run can be repeated from anywhere."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return str(value.resolve())
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    return plain(asdict(command))
+    heldout = None if command["heldout"] is None else Path(command["heldout"])
+    return open_session(inputs, heldout=heldout), record

@@ -1,24 +1,13 @@
 """`headwater doctor`: proof on a few examples that the numbers will be right."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass
 
-import tyro
-
-from headwater.cli.common import (
-    DataFlags,
-    FollowFlags,
-    ModelFlags,
-    emit_json,
-    open_session,
-    parse,
-    progress_bar,
-)
+from headwater.cli.common import emit_json, open_session, progress_bar
+from headwater.cli.flags import Inputs, parse, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor:
+class Doctor(Inputs):
     """Check a model and its data before anything long runs; exit code 1 when something is wrong.
 
     Per-example gradients of every followed layer are compared with autograd's; the loss is checked for dependence on
@@ -27,19 +16,14 @@ class Doctor:
     Example: headwater doctor path/to/model train.jsonl
 
     Args:
-        model: Model folder, GGUF file, or adapter folder.
-        data: The training data.
         n: Examples to check.
-        json: Print the result as JSON.
     """
 
-    model: tyro.conf.Positional[Path]
-    data: tyro.conf.Positional[Path]
     n: int = 4
-    columns: Annotated[DataFlags, tyro.conf.arg(name="")] = field(default_factory=DataFlags)
-    weights: Annotated[ModelFlags, tyro.conf.arg(name="")] = field(default_factory=ModelFlags)
-    follow: Annotated[FollowFlags, tyro.conf.arg(name="")] = field(default_factory=FollowFlags)
-    json: bool = False
+
+    def check(self) -> None:
+        """Refuse to check nothing."""
+        require("--n", self.n, "at least 1", self.n >= 1)
 
 
 def run(words: list[str]) -> int:
@@ -48,9 +32,7 @@ def run(words: list[str]) -> int:
     from headwater.core.task import CausalLM
     from headwater.report.checks import show_diagnosis
 
-    session = open_session(
-        command.model, command.data, command.columns, choose=command.weights, follow=command.follow
-    )
+    session = open_session(command)
     with progress_bar(quiet=command.json) as progress:
         diagnosis = examine(
             session.language.model,

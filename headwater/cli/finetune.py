@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from headwater.cli.common import DataFlags, emit_json, parse, progress_bar, read_examples, say
+from headwater.cli.common import emit_json, progress_bar, read_examples, say
+from headwater.cli.flags import DataFlags, parse, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,15 @@ class Finetune:
     seed: int = 0
     columns: Annotated[DataFlags, tyro.conf.arg(name="")] = field(default_factory=DataFlags)
     json: bool = False
+
+    def check(self) -> None:
+        """Refuse what no run can be made with."""
+        require("--lora-rank", self.lora_rank, "at least 1", self.lora_rank >= 1)
+        require("--layers-from", self.layers_from, "0 or more", self.layers_from >= 0)
+        require("--epochs", self.epochs, "at least 1", self.epochs >= 1)
+        require("--lr", self.lr, "above 0", self.lr > 0)
+        require("--weight-decay", self.weight_decay, "0 or more", self.weight_decay >= 0)
+        require("--batch-tokens", self.batch_tokens, "at least 1", self.batch_tokens >= 1)
 
 
 def run(words: list[str]) -> int:

@@ -1,72 +1,15 @@
 """`headwater fit`: the curvature of a language model over its training data, into a run folder."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
-
-from headwater.cli.common import (
-    RUN,
-    DataFlags,
-    FollowFlags,
-    ModelFlags,
-    Session,
-    emit_json,
-    open_session,
-    parse,
-    progress_bar,
-    say,
-    to_json,
-)
+from headwater.cli.common import Session, emit_json, open_session, progress_bar, say
+from headwater.cli.flags import RUN, FitInputs, parse, require, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurvatureFlags:
-    """The curvature; what is left out takes the method's own default.
-
-    Args:
-        curvature: Which form; auto takes the exact dual form where its rows fit, else EK-FAC.
-        fisher: Labels drawn from the model, all labels weighted, or the given ones.
-        draws: Draws an example, for labels drawn from the model.
-        folds: Folds of the data kept apart for intervals; 1 keeps none.
-        tolerance: Stop once the relative standard error of the second moments is below this.
-        fisher_seed: Seed of the draws.
-    """
-
-    curvature: Literal["auto", "ekfac", "kfac", "dual", "diagonal", "identity"] = "auto"
-    fisher: Literal["mc", "exact", "empirical"] | None = None
-    draws: int | None = None
-    folds: int | None = None
-    tolerance: float | None = None
-    fisher_seed: int | None = None
-
-    def method(self) -> Any:
-        """The method with the given options."""
-        from headwater.core.curvature import METHODS
-
-        given = {
-            "fisher": self.fisher,
-            "draws": self.draws,
-            "folds": self.folds,
-            "tolerance": self.tolerance,
-            "seed": self.fisher_seed,
-        }
-        given = {k: v for k, v in given.items() if v is not None}
-        kind = "ekfac" if self.curvature == "auto" and given else self.curvature
-        if kind == "auto":
-            return "auto"
-        known = {f.name for f in fields(METHODS[kind])}  # type: ignore[arg-type]
-        unknown = [k for k in given if k not in known]
-        if unknown:
-            raise ValueError(
-                f"The {kind} curvature has no option {', '.join(unknown)}; leave it out."
-            )
-        return METHODS[kind](**given)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fit:
+class Fit(FitInputs):
     """Fit the curvature of a model over its training data; every later question reads it.
 
     A finished fit of the same inputs is found again; an interrupted one goes on where it stopped.
@@ -74,36 +17,24 @@ class Fit:
     Example: headwater fit path/to/model train.jsonl --out runs/mine --heldout heldout.jsonl
 
     Args:
-        model: Model folder, GGUF file, or adapter folder.
-        data: The training data: JSONL, CSV, Parquet or text file, or a folder of them.
         out: The run folder.
         heldout: Examples that were not trained on; scores are called significant against theirs.
         weight_decay: Weight decay of the training run, where the model folder does not record it.
-        json: Print the result as JSON.
     """
 
-    model: tyro.conf.Positional[Path]
-    data: tyro.conf.Positional[Path]
     out: Path
     heldout: Path | None = None
     weight_decay: float | None = None
-    kind: Annotated[CurvatureFlags, tyro.conf.arg(name="")] = field(default_factory=CurvatureFlags)
-    columns: Annotated[DataFlags, tyro.conf.arg(name="")] = field(default_factory=DataFlags)
-    weights: Annotated[ModelFlags, tyro.conf.arg(name="")] = field(default_factory=ModelFlags)
-    follow: Annotated[FollowFlags, tyro.conf.arg(name="")] = field(default_factory=FollowFlags)
-    json: bool = False
+
+    def check(self) -> None:
+        """Refuse a decay that would drive weights away from zero."""
+        decay = self.weight_decay
+        require("--weight-decay", decay, "0 or more", decay is None or decay >= 0)
 
 
 def run(words: list[str]) -> int:
     command = parse(Fit, words, prog="fit")
-    session = open_session(
-        command.model,
-        command.data,
-        command.columns,
-        choose=command.weights,
-        follow=command.follow,
-        heldout=command.heldout,
-    )
+    session = open_session(command, heldout=command.heldout)
     fitted = fit_session(session, command, quiet=command.json)
     if command.json:
         emit_json(fitted.facts | {"coverage": fitted.followed.coverage, "out": str(command.out)})
@@ -115,7 +46,7 @@ def run(words: list[str]) -> int:
             if isinstance(value, float)
             else f"  {name}: {value}"
         )
-    from headwater.core.store import read_json
+    from headwater.core.files import read_json
 
     damping = fitted.damping()
     say(
@@ -130,8 +61,8 @@ def run(words: list[str]) -> int:
 
 def fit_session(session: Session, command: Fit, *, quiet: bool = False) -> Any:
     """Fit, write the run's record, and return the fit."""
+    from headwater.core.files import read_json, write_json
     from headwater.core.fit import fit
-    from headwater.core.store import read_json, write_json
     from headwater.core.task import CausalLM
 
     record = dict(session.record)

@@ -1,17 +1,14 @@
 """`headwater plan`: what a fit and a trace will take on this machine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from headwater.cli.common import DataFlags, FollowFlags, ModelFlags, emit_json, open_session, parse
-from headwater.cli.fit import CurvatureFlags
+from headwater.cli.common import emit_json, open_session
+from headwater.cli.flags import FitInputs, parse, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(FitInputs):
     """Predict time, memory and disk before they are spent, from a few seconds of measurement.
 
     The exit code is 1 when they do not suffice.
@@ -19,22 +16,16 @@ class Plan:
     Example: headwater plan path/to/model train.jsonl --n-queries 20
 
     Args:
-        model: Model folder, GGUF file, or adapter folder.
-        data: The training data.
         n_queries: Queries that will be asked.
         out: The run folder that the fit will go to, whose disk is looked at.
-        json: Print the result as JSON.
     """
 
-    model: tyro.conf.Positional[Path]
-    data: tyro.conf.Positional[Path]
     n_queries: int = 10
     out: Path = Path("runs")
-    kind: Annotated[CurvatureFlags, tyro.conf.arg(name="")] = field(default_factory=CurvatureFlags)
-    columns: Annotated[DataFlags, tyro.conf.arg(name="")] = field(default_factory=DataFlags)
-    weights: Annotated[ModelFlags, tyro.conf.arg(name="")] = field(default_factory=ModelFlags)
-    follow: Annotated[FollowFlags, tyro.conf.arg(name="")] = field(default_factory=FollowFlags)
-    json: bool = False
+
+    def check(self) -> None:
+        """Refuse to plan for no query."""
+        require("--n-queries", self.n_queries, "at least 1", self.n_queries >= 1)
 
 
 def run(words: list[str]) -> int:
@@ -43,9 +34,7 @@ def run(words: list[str]) -> int:
     from headwater.core.task import CausalLM
     from headwater.report.checks import show_plan
 
-    session = open_session(
-        command.model, command.data, command.columns, choose=command.weights, follow=command.follow
-    )
+    session = open_session(command)
     made = plan(
         session.language.model,
         session.train,

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import tyro
 
-from headwater.cli.common import (
+from headwater.cli.common import emit_json, open_session, say
+from headwater.cli.flags import (
     RUN,
+    CurvatureFlags,
     DataFlags,
     FollowFlags,
     ModelFlags,
-    open_session,
     parse,
     restore,
-    say,
 )
 
 
@@ -26,17 +26,19 @@ class Rerun:
     Args:
         run: The run folder whose run.json is repeated.
         out: Another run folder for the results; the same one when left out.
+        json: Print where the results are as JSON.
     """
 
     run: tyro.conf.Positional[Path]
     out: Path | None = None
+    json: bool = False
 
 
 def run(words: list[str]) -> int:
     command = parse(Rerun, words, prog="rerun")
-    from headwater.cli.fit import CurvatureFlags, Fit, fit_session
+    from headwater.cli.fit import Fit, fit_session
     from headwater.cli.trace import InfluenceFlags, Trace, trace
-    from headwater.core.store import read_json
+    from headwater.core.files import read_json
 
     place = command.run / RUN
     if not place.is_file():
@@ -50,12 +52,14 @@ def run(words: list[str]) -> int:
     }
     values = {k: restore(nested[k], v) if k in nested else v for k, v in record["fit"].items()}
     fit = restore(Fit, values | {"out": str(out)})
-    session = open_session(
-        fit.model, fit.data, fit.columns, choose=fit.weights, follow=fit.follow, heldout=fit.heldout
-    )
-    say(str(fit_session(session, fit)))
+    session = open_session(fit, heldout=fit.heldout)
+    say(str(fit_session(session, fit, quiet=command.json)))
+    pages = {}
     for name, asked in record["traces"].items():
         question = {k: restore(InfluenceFlags, v) if k == "method" else v for k, v in asked.items()}
-        _, page = trace(restore(Trace, question | {"run": str(out)}))
+        _, page = trace(restore(Trace, question | {"run": str(out)}), quiet=command.json)
         say(f"{name}: {page}")
+        pages[name] = str(page)
+    if command.json:
+        emit_json({"out": str(out), "traces": pages})
     return 0

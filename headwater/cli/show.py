@@ -5,7 +5,8 @@ from pathlib import Path
 
 import tyro
 
-from headwater.cli.common import RUN, parse, say
+from headwater.cli.common import say
+from headwater.cli.flags import RUN, parse
 
 
 @dataclass(frozen=True, kw_only=True)

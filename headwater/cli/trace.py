@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from headwater.cli.common import RUN, parse, progress_bar, run_session, say, to_json
+from headwater.cli.common import progress_bar, run_session, say
+from headwater.cli.flags import RUN, parse, to_json
 
 if TYPE_CHECKING:
     from headwater.core.evidence import Evidence
@@ -108,8 +109,8 @@ def _check(command: Trace) -> None:
 def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     """Trace, save the evidence and its page, and return both. A finished trace of the same question is read."""
     from headwater.core.evidence import Evidence
+    from headwater.core.files import read_json, write_json
     from headwater.core.fingerprint import fingerprint_json
-    from headwater.core.store import read_json, write_json
     from headwater.report.html import write_html
 
     folder = command.run / "traces" / command.name
@@ -133,7 +134,8 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
 
 def _inputs(command: Trace) -> list[Any]:
     """What an answer depends on beside the question: the fit, and name, size and time of every file read."""
-    from headwater.core.store import Artifact, read_json
+    from headwater.core.files import read_json
+    from headwater.core.store import Artifact
 
     record = read_json(command.run / RUN)["fit"]
     manifest = Artifact.open(command.run / "fit", kind="fit").manifest
@@ -188,7 +190,8 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
 
 def _queries(command: Trace, session: Any) -> Any:
     """The queries; alternatives, where there are any, follow the completions."""
-    from headwater.cli.common import DataFlags, read_examples
+    from headwater.cli.common import read_examples
+    from headwater.cli.flags import DataFlags
     from headwater.data.tokens import completion_examples
     from headwater.models.language import generate
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from headwater.core.checkpoint import Checkpoint
 from headwater.core.examples import Examples, take, to_device
 from headwater.core.layers import FUNCTIONAL, KINDS, Layer, Use
-from headwater.core.store import Checkpoint
 from headwater.core.target import Target
-from headwater.core.task import Task
+from headwater.core.task import LabelError, Task
 
 Progress = Callable[[int, int, str], None]
 Precision = Literal["auto", "model", "bfloat16"]
@@ -500,7 +500,15 @@ def plan_batches(
     """Batches of like length under a budget of tokens, each inside one fold.
 
     Folds are drawn by the examples' ids, so they do not depend on order or batch size.
+
+    Raises:
+        ValueError: A batch would hold nothing.
     """
+    if batch_size < 1 or batch_tokens < 1:
+        raise ValueError(
+            f"batch_size and batch_tokens must be at least 1; got {batch_size} and {batch_tokens}. "
+            "Leave them out for their defaults."
+        )
     fold_of = (examples.keys % folds).tolist()
     lengths = examples.lengths or [1] * len(examples)
     limit = batch_tokens if examples.lengths else batch_size
@@ -597,15 +605,18 @@ def run_batch(
         for accumulator in accumulators:
             accumulator.update(rows)
 
-    for part in target.parts(capture.model, capture.task, data, keys):
-        chosen = part.index
-        rows = indices if chosen is None else indices[chosen.cpu()]
-        info = BatchInfo(rows, plan.fold, part.weights, part.share, examples.ids)
-        some, some_keys = (data, keys) if chosen is None else (take(data, chosen), keys[chosen])
-        with torch.no_grad():
-            capture.backward(some, part.target, info, some_keys, emit)
-        for accumulator in accumulators:
-            accumulator.end_batch(info)
+    try:
+        for part in target.parts(capture.model, capture.task, data, keys):
+            chosen = part.index
+            rows = indices if chosen is None else indices[chosen.cpu()]
+            info = BatchInfo(rows, plan.fold, part.weights, part.share, examples.ids)
+            some, some_keys = (data, keys) if chosen is None else (take(data, chosen), keys[chosen])
+            with torch.no_grad():
+                capture.backward(some, part.target, info, some_keys, emit)
+            for accumulator in accumulators:
+                accumulator.end_batch(info)
+    except LabelError as error:  # found on the batch itself, before its rows are spread
+        raise error.named(repr(examples.ids[plan.indices[error.row]])) from None
 
 
 def _resume(

@@ -11,31 +11,25 @@ from torch import nn
 
 from headwater.core import provenance
 from headwater.core.capture import BatchPlan, Capture, Progress, plan_batches
+from headwater.core.checkpoint import Checkpoint
 from headwater.core.curvature import (
-    EKFAC,
-    METHODS,
     Curvature,
     CurvatureMethod,
     DenseCurvature,
-    Dual,
     DualCurvature,
     FitContext,
     restore,
 )
+from headwater.core.curvature.choice import choose_curvature
 from headwater.core.damping import Damping, evidence, parse_damping
-from headwater.core.doctor import check_loss
+from headwater.core.doctor import check_classes, check_loss
 from headwater.core.examples import Examples, as_examples, to_device
+from headwater.core.files import ArtifactMismatch, ArtifactMissing
 from headwater.core.fingerprint import fingerprint_json, fingerprint_model
 from headwater.core.follow import Followed, follow
 from headwater.core.layers import Layer, Use
-from headwater.core.store import (
-    Artifact,
-    ArtifactMismatch,
-    ArtifactMissing,
-    ArtifactWriter,
-    Checkpoint,
-    FolderLock,
-)
+from headwater.core.locks import FolderLock
+from headwater.core.store import Artifact, ArtifactWriter
 from headwater.core.task import Task
 
 
@@ -261,10 +255,11 @@ def fit(
     device = next(model.parameters()).device
     probe = to_device(examples.batch(range(min(2, len(examples)))), device)
     if check:
+        check_classes(model, task, examples, probe)
         check_loss(model, task, probe)
     followed = follow(model, task, probe, layers=layers, skip=skip)
     capture = Capture(model, task, followed)
-    method = _choose(curvature, capture, examples)
+    method = choose_curvature(curvature, capture, examples)
     options = {
         "curvature": {"kind": method.kind} | {k: v for k, v in vars(method).items()},
         "layers": layers if isinstance(layers, str) else list(layers),
@@ -348,25 +343,6 @@ def _finished(place: Path, made_from: dict[str, str], options: dict[str, Any]) -
         k: saved.get(k) for k in ("weight_decay", "adaptive", "distance", "horizon")
     }
     return fingerprint_json(known) == fingerprint_json(options)
-
-
-def _choose(
-    curvature: CurvatureMethod | str, capture: Capture, examples: Examples
-) -> CurvatureMethod:
-    """The curvature asked for; for "auto", the dual form where its rows fit."""
-    if isinstance(curvature, CurvatureMethod):
-        return curvature
-    if curvature != "auto":
-        if curvature not in METHODS:
-            raise ValueError(
-                f"Expected a curvature among {', '.join(METHODS)} or 'auto'; got {curvature!r}."
-            )
-        return METHODS[curvature]()
-    from headwater.core.plan import dual_rows
-
-    method = Dual()
-    rows = dual_rows(capture, examples, cut=method.cut)
-    return method if rows is not None and rows <= method.max_rows else EKFAC()
 
 
 def _distance(model: nn.Module, followed: Followed) -> float:

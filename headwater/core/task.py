@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headwater.core.prediction import IGNORE, Categorical, Gaussian, Prediction
@@ -109,7 +109,49 @@ class Classification(Task):
             raise ValueError(
                 f"Expected logits (batch, class); the model returned {tuple(outputs.shape)}."
             )
-        return Categorical(outputs[:, None], labels.reshape(-1, 1).long())
+        labels = labels.reshape(-1).long()
+        check_labels(labels, outputs.shape[1])
+        return Categorical(outputs[:, None], labels[:, None])
+
+
+class LabelError(ValueError):
+    """A label that the model has no output for.
+
+    Args:
+        row: Where it stands in the batch.
+        label: The label.
+        n_outputs: How many outputs the model has.
+        name: What the example is called, where that is known.
+    """
+
+    def __init__(self, row: int, label: int, n_outputs: int, name: str | None = None):
+        which = f"row {row} of the batch" if name is None else f"example {name}"
+        super().__init__(
+            f"The label of {which} is {label}, but the model has {n_outputs} outputs, for labels 0 to "
+            f"{n_outputs - 1}. Number the classes from 0, leave out examples without a class, or give "
+            "the model an output for every class."
+        )
+        self.row, self.label, self.n_outputs = row, label, n_outputs
+
+    def named(self, name: str) -> "LabelError":
+        """The same error with the name of its example."""
+        return LabelError(self.row, self.label, self.n_outputs, name)
+
+
+def check_labels(labels: Int[Tensor, " batch"], n_outputs: int) -> None:
+    """Refuse a label without an output, which would be an index out of range far from here.
+
+    Raises:
+        LabelError: A label is negative, or not below the number of outputs.
+    """
+    wrong = (labels < 0) | (labels >= n_outputs)
+    try:
+        found = bool(wrong.any())
+    except RuntimeError:  # inside vmap values cannot be looked at; the pass before it did
+        return
+    if found:
+        row = int(wrong.nonzero()[0])
+        raise LabelError(row, int(labels[row]), n_outputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -252,6 +252,30 @@ def completion_examples(
     return tokenize(records, tokenizer, max_length=max_length, add_bos=add_bos)
 
 
+def overlap(heldout: TextExamples, train: TextExamples) -> str:
+    """What held-out examples share with the training data, in a sentence; empty when they share nothing.
+
+    An example is shared when its id is, or when its tokens are those of a training example under another id.
+    """
+    known = {
+        tuple(tokens.tolist()): i for i, tokens in zip(train.ids, train.input_ids, strict=True)
+    }
+    named = set(train.ids) & set(heldout.ids)
+    equal = [
+        (i, known[key])
+        for i, tokens in zip(heldout.ids, heldout.input_ids, strict=True)
+        if i not in named and (key := tuple(tokens.tolist())) in known
+    ]
+    parts = [f"{len(named):,} by id, such as {min(named)!r}"] if named else []
+    if equal:
+        parts.append(
+            f"{len(equal):,} by content, such as {equal[0][0]!r}, which is {equal[0][1]!r} there"
+        )
+    n = len(named) + len(equal)
+    examples = "1 held-out example also occurs" if n == 1 else f"{n:,} held-out examples also occur"
+    return f"{examples} in the training data ({'; '.join(parts)})." if n else ""
+
+
 class _Encoder:
     """Records to token ids, with at most one beginning-of-sequence token."""
 

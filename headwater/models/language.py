@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from headwater.core.store import read_json, write_json
+from headwater.core.files import read_json, write_json
 from headwater.extras import require
 
 DType = Literal["auto", "float32", "bfloat16"]

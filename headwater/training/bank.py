@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import vmap
 
+from headwater.core.files import read_json, write_json
 from headwater.core.fingerprint import fingerprint_model, fingerprint_tensors
-from headwater.core.store import FolderLock, read_json, write_json
+from headwater.core.locks import FolderLock
 from headwater.training.loop import (
     SGD,
     Loss,

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwater.core.checkpoint import Checkpoint
 from headwater.core.examples import Examples, to_device
+from headwater.core.files import ArtifactMismatch
 from headwater.core.fingerprint import fingerprint_json, fingerprint_model
+from headwater.core.locks import FolderLock
 from headwater.core.prediction import IGNORE
-from headwater.core.store import ArtifactMismatch, Checkpoint, FolderLock
 from headwater.core.task import CausalLM
 from headwater.extras import require
 from headwater.models.language import LanguageModel, load_language_model, quiet

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from headwater.core.store import ArtifactDamaged, read_json, write_json
+from headwater.core.files import ArtifactDamaged, read_json, write_json
 
 FILE = "trajectory.json"
 

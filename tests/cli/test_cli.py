@@ -120,7 +120,10 @@ def test_show_reads_what_is_kept(run, capsys):
 def test_rerun_repeats_a_run_elsewhere(run, place, capsys):
     ask(run, "--name", "kept")
     again = place / "again"
-    assert main(["rerun", str(run), "--out", str(again)]) == 0
+    capsys.readouterr()
+    assert main(["rerun", str(run), "--out", str(again), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["out"] == str(again) and found["traces"]["kept"].endswith("kept.html")
     old, new = (Evidence.load(r / "traces" / "kept").answers[0] for r in (run, again))
     assert [x.example_id for x in old.raised] == [x.example_id for x in new.raised]
     assert [x.score for x in old.raised] == [x.score for x in new.raised]
@@ -132,6 +135,10 @@ def test_cite_names_what_was_used(run, capsys):
     assert main(["cite", str(run)]) == 0
     out = capsys.readouterr().out
     assert "george2018fast" in out and "koh2017understanding" in out
+    assert main(["cite", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["papers"]
+    assert "\n\n".join(found.values()) == out.strip()
+    assert found["arXiv:1806.03884"].startswith("@inproceedings{george2018fast")
 
 
 def test_doctor_passes_a_healthy_model(place, capsys):
@@ -169,6 +176,17 @@ def test_finetune_then_fit_follows_the_adapter(place, capsys):
         (["fit", "{model}", "{broken}", "--out", "{out}"], "broken.jsonl:2"),
         (["fit", "{model}", "{train}", "--out", "{out}", "--text", "body"], "topic"),
         (["fit", "{model}", "{train}", "--out", "{out}", "--layers", "nothing*"], "nothing*"),
+        (["fit", "{model}", "{train}", "--out", "{out}", "--max-length", "0"], "at least 2 tokens"),
+        (["doctor", "{model}", "{train}", "--max-length", "1"], "at least 2 tokens"),
+        (["plan", "{model}", "{train}", "--batch-tokens", "0"], "--batch-tokens must be at least"),
+        (["doctor", "{model}", "{train}", "--limit", "0"], "--limit must be at least 1"),
+        (["doctor", "{model}", "{train}", "--n", "0"], "--n must be at least 1"),
+        (["plan", "{model}", "{train}", "--n-queries", "0"], "--n-queries must be at least 1"),
+        (["fit", "{model}", "{train}", "--out", "{out}", "--weight-decay", "-1"], "0 or more; got"),
+        (["finetune", "{model}", "{train}", "--out", "{out}", "--weight-decay", "-5"], "got -5"),
+        (["finetune", "{model}", "{train}", "--out", "{out}", "--batch-tokens", "0"], "got 0"),
+        (["finetune", "{model}", "{train}", "--out", "{out}", "--max-length", "0"], "got 0"),
+        (["finetune", "{model}", "{train}", "--out", "{out}", "--lr", "nan"], "above 0; got nan"),
         (["trace", "{nowhere}", "--prompt", "a"], "headwater fit"),
         (["trace", "{run}"], "--prompt"),
         (["trace", "{run}", "--prompt", "a", "--name", "../up"], "plain name"),
@@ -194,6 +212,52 @@ def test_mistakes_are_one_clear_line_and_exit_code_2(words, said, place, run, ca
     err = capsys.readouterr().err.strip()
     assert said in err and "Traceback" not in err
     assert len([line for line in err.splitlines() if line.startswith("headwater:")]) == 1
+
+
+def test_what_a_flag_cannot_be_is_said_before_anything_is_loaded(place, monkeypatch, capsys):
+    from headwater.models import language
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("loaded the model")
+
+    monkeypatch.setattr(language, "load_language_model", refuse)
+    paths = [str(place / "model"), str(place / "train.jsonl")]
+    out = ["--out", str(place / "never")]
+    assert main(["finetune", *paths, *out, "--weight-decay", "-5"]) == 2
+    assert main(["fit", *paths, *out, "--max-length", "0"]) == 2
+    assert main(["plan", *paths, "--batch-tokens", "0"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[0] == (
+        "headwater: --weight-decay must be 0 or more; got -5.0. Leave it out for its default."
+    )
+    assert len(said) == 3
+    assert not (place / "never").exists()
+
+
+@pytest.mark.parametrize(("unit", "n"), [("paragraph", 2), ("line", 4), ("file", 1)])
+def test_the_unit_of_a_text_file_is_a_flag(unit, n, place, capsys):
+    text = "the river runs\nto the sea\n\na lake stands\nby the hill\n"
+    (place / "plain.txt").write_text(text)
+    out = place / f"by-{unit}"
+    words = ["fit", str(place / "model"), str(place / "plain.txt"), "--out", str(out)]
+    assert main([*words, "--unit", unit, "--curvature", "identity"]) == 0
+    assert f" {n} training examples" in capsys.readouterr().err
+    assert json.loads((out / "run.json").read_text())["fit"]["columns"]["unit"] == unit
+    assert ask(out, "--top", "1") == 0
+    assert Evidence.load(out / "traces" / "trace").answers[0].n_train == n
+
+
+def test_a_held_out_example_that_was_trained_on_is_said(place, capsys):
+    lines = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    known = [lines[0], lines[1] | {"id": "other"}]
+    (place / "known.jsonl").write_text("\n".join(map(json.dumps, known)))
+    words = ["fit", str(place / "model"), str(place / "train.jsonl"), "--curvature", "identity"]
+    words += ["--out", str(place / "known"), "--heldout", str(place / "known.jsonl")]
+    assert main(words) == 0
+    assert (
+        "known.jsonl: 2 held-out examples also occur in the training data (1 by id, such as "
+        "'train-0'; 1 by content, such as 'other', which is 'train-1' there)."
+    ) in capsys.readouterr().err
 
 
 def test_a_fit_of_another_model_is_refused_by_name(run, place, capsys):

@@ -20,10 +20,10 @@ from headwater.core.capture import (
     run_batch,
     sweep,
 )
+from headwater.core.checkpoint import Checkpoint
 from headwater.core.examples import DatasetExamples, TensorExamples, take
 from headwater.core.follow import follow
 from headwater.core.layers import FUNCTIONAL
-from headwater.core.store import Checkpoint
 from headwater.core.target import Drawn, DrawnSeveral, Enumerated, Loss, Measured
 from headwater.core.task import CausalLM, Classification, FunctionTask
 from headwater.numerics import kronecker

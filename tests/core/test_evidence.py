@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.core.evidence import Answer, Evidence, Influencer, SourceTotal, plain
-from headwater.core.store import Artifact, ArtifactMismatch, ArtifactWriter
+from headwater.core.files import ArtifactMismatch
+from headwater.core.store import Artifact, ArtifactWriter
 
 from ..report import samples
 

@@ -7,9 +7,9 @@ from torch import nn
 from headwater.core import capture
 from headwater.core.curvature import EKFAC, KFAC, Dense, Diagonal, Dual, Identity
 from headwater.core.damping import Damping, evidence
-from headwater.core.examples import TensorExamples
+from headwater.core.examples import DatasetExamples, TensorExamples
+from headwater.core.files import ArtifactError, ArtifactMismatch
 from headwater.core.fit import fit, load
-from headwater.core.store import ArtifactError, ArtifactMismatch
 from headwater.core.task import Classification, FunctionTask, Regression
 from headwater.trace.influence import Influence
 from tests.curvature_cases import case
@@ -218,3 +218,30 @@ def test_one_example_has_scores_and_no_interval(kind):
     fitted = fit(model, data, Classification(), curvature=kind)
     scores = Influence(damping=0.1).attribute(fitted, data)
     assert bool(torch.isfinite(scores.values).all()) and scores.low is None
+
+
+@pytest.mark.parametrize("label", [4, -1])
+def test_a_label_without_an_output_is_named_before_anything_runs(label):
+    x, y = torch.randn(30, 3), torch.randint(4, (30,))
+    y[17] = label
+    model, steps = nn.Linear(3, 4), []
+    with pytest.raises(ValueError, match=rf"label of example '17' is {label}, .* has 4 outputs"):
+        fit(model, (x, y), Classification(), progress=lambda *step: steps.append(step))
+    assert not steps
+    some = TensorExamples(x[16:], y[16:], ids=[f"image {i}" for i in range(16, 30)])
+    with pytest.raises(ValueError, match="example 'image 17'"):  # in the first few
+        fit(model, some, Classification())
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_a_label_without_an_output_is_named_in_data_that_are_not_in_memory(fisher):
+    data = [(torch.randn(3), torch.tensor(i % 4 if i != 17 else 9)) for i in range(30)]
+    examples = DatasetExamples(data, ids=[f"image {i}" for i in range(30)])
+    with pytest.raises(ValueError, match=r"label of example 'image 17' is 9, .* 4 outputs"):
+        fit(nn.Linear(3, 4), examples, Classification(), curvature=EKFAC(fisher=fisher))
+
+
+def test_an_empty_batch_is_refused():
+    data = torch.randn(30, 3), torch.randint(4, (30,))
+    with pytest.raises(ValueError, match="at least 1; got 256 and 0"):
+        fit(nn.Linear(3, 4), data, Classification(), batch_tokens=0)

@@ -11,6 +11,7 @@ from headwater.core.task import (
     CausalLM,
     Classification,
     FunctionTask,
+    LabelError,
     MaskedLM,
     Regression,
     Seq2Seq,
@@ -154,3 +155,20 @@ def test_what_does_not_fit_is_refused(task, batch, message):
 def test_a_model_that_returns_no_tensor_is_refused():
     with pytest.raises(TypeError, match=r"object with `.logits`"):
         Classification().loss(Net(lambda self, x: [x]), (torch.ones(2, 3), torch.ones(2)))
+
+
+@pytest.mark.parametrize("label", [3, -1, -100])
+def test_a_label_that_the_model_has_no_output_for_is_refused(label):
+    batch = torch.randn(4, 5).double(), torch.tensor([0, 2, label, 1])
+    with pytest.raises(LabelError, match=rf"row 2 of the batch is {label}, .* for labels 0 to 2\."):
+        Classification().loss(nn.Linear(5, 3).double(), batch)
+
+
+def test_labels_are_not_looked_at_inside_vmap():
+    model, (x, y) = (
+        nn.Linear(5, 3).double(),
+        (torch.randn(4, 5).double(), torch.tensor([0, 2, 1, 1])),
+    )
+    expected = Classification().loss(model, (x, y))
+    one = torch.func.vmap(lambda a, b: Classification().loss(model, (a[None], b[None])).sum())
+    torch.testing.assert_close(one(x, y), expected)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.data.text import Records
-from headwater.data.tokens import completion_examples, pieces, tokenize
+from headwater.data.tokens import completion_examples, overlap, pieces, tokenize
 from tests.language_cases import byte_tokenizer, tokenizer
 
 PLAIN, WITH_BOS, BYTES = tokenizer(), tokenizer(adds_bos=True), byte_tokenizer()
@@ -208,3 +208,26 @@ def test_queries_score_the_completion_after_the_prompt_or_the_users_turn():
     assert chat.ids == ["q"]
     assert scored(chat) == ["runs", "</s>"]
     assert "<user>" in "".join(chat.tokens(0))
+
+
+def test_held_out_examples_are_found_in_the_training_data_by_id_and_by_content():
+    def examples(**texts):
+        return tokenize(Records(ids=list(texts), texts=list(texts.values())), PLAIN)
+
+    train = examples(a="the river runs", b="a lake", c="the sea")
+    assert overlap(examples(x="the hill", y="the river"), train) == ""
+    assert overlap(examples(x="the hill", b="the city"), train) == (
+        "1 held-out example also occurs in the training data (1 by id, such as 'b')."
+    )
+    # Same tokens, other spaces; an example that has both in common counts once.
+    both = examples(x="a   lake", a="the river runs", y="the sea", z="the old sea")
+    assert overlap(both, train) == (
+        "3 held-out examples also occur in the training data (1 by id, such as 'a'; 2 by content, "
+        "such as 'x', which is 'b' there)."
+    )
+
+
+def test_a_prompt_with_its_completion_equals_the_same_text_scored_whole():
+    train = tokenize(records(texts=["the river runs to the sea"]), PLAIN)
+    asked = Records(ids=["q"], prompts=["the river runs"], completions=[" to the sea"])
+    assert "'q', which is 'e0' there" in overlap(tokenize(asked, PLAIN), train)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 
-from headwater.core.store import FolderBusy, FolderLock
+from headwater.core.files import FolderBusy
+from headwater.core.locks import FolderLock
 from headwater.models.vision import mlp
 from headwater.training.bank import RetrainingBank, build_bank, random_masks
 from headwater.training.loop import SGD, correct_class_margin, example_losses, train

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from headwater.core.files import ArtifactMismatch
 from headwater.core.prediction import IGNORE
-from headwater.core.store import ArtifactMismatch
 from headwater.core.task import CausalLM
 from headwater.data.text import Records
 from headwater.data.tokens import tokenize

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from headwater.core.store import ArtifactDamaged, ArtifactMissing
+from headwater.core.files import ArtifactDamaged, ArtifactMissing
 from headwater.training.trajectory import Trajectory
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import sweep
+from headwater.core.checkpoint import Checkpoint
 from headwater.core.curvature.base import (
     Curvature,
     CurvatureMethod,
@@ -40,7 +41,6 @@ from headwater.core.gradients import (
     dense,
     inner,
 )
-from headwater.core.store import Checkpoint
 from headwater.core.target import Fisher, fisher_target
 from headwater.numerics import spectral
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headwater.core.capture import Precision, sweep
+from headwater.core.checkpoint import Checkpoint
 from headwater.core.curvature.base import (
     Curvature,
     CurvatureMethod,
@@ -27,7 +28,6 @@ from headwater.core.curvature.prepared import InEigenbasis, in_basis
 from headwater.core.damping import mean_of
 from headwater.core.gradients import Gradients, dense
 from headwater.core.layers import Layer
-from headwater.core.store import Checkpoint
 from headwater.core.target import Fisher, fisher_target
 from headwater.numerics import kronecker, spectral
 
@@ -302,11 +302,11 @@ class EKFAC(KFAC):
         moments, _ = self.moments(context)
         _, bases = eigenbases(moments, values=False)
         sums = EigenvalueSums(context.capture.layers.values(), bases, folds=self.folds)
-        lost = self._eigenvalues(context, sums)
+        lost = self.eigenvalues(context, sums)
         facts = _facts(lost, moments=moments, eigenvalues=sums)
         return Layerwise(bases, sums.finish(), sums.n_examples, facts)
 
-    def _eigenvalues(self, context: FitContext, sums: EigenvalueSums | ByFold) -> LostTrace:
+    def eigenvalues(self, context: FitContext, sums: EigenvalueSums | ByFold) -> LostTrace:
         # fresh labels, so that the eigenvalues are not fitted to the draws that chose the basis
         seed = self.seed + 1
         return self._pass(context, sums, stage="eigenvalues", seed=seed, precision=self.precision)
@@ -318,7 +318,7 @@ class EKFAC(KFAC):
         left_out = [None, *range(self.folds)]
         bases = [eigenbases(gathered.without(fold), values=False)[1] for fold in left_out]
         sums = EigenvaluesByFold(layers, bases, self.folds)
-        lost = self._eigenvalues(context, sums)
+        lost = self.eigenvalues(context, sums)
         whole, *rest = sums.eigenvalues
         facts = _facts(lost, moments=gathered.without(None), eigenvalues=whole)
         others = [
