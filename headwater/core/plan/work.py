@@ -132,7 +132,8 @@ class Work:
             def run(batches: list[BatchPlan]) -> None:
                 gathered = EigenvaluesByFold(self.layers, each, method.folds)
                 swept.append(gathered.eigenvalues[0])
-                sweep(self.capture, self.examples, [gathered], target, batches=batches)
+                capture = self.capture.at(method.precision, self.examples)
+                sweep(capture, self.examples, [gathered], target, batches=batches)
 
             seconds = self.clock.all_data(run)
             seconds = self._saved(seconds, self.needs.itemsize * self.needs.spectrum)
@@ -236,7 +237,7 @@ class Work:
 
         def score(batches: list[BatchPlan]) -> None:
             pairs = PairScores(prepared[-1], len(examples))
-            sweep(capture, examples, [pairs], Loss(), batches=batches)
+            sweep(capture.at("auto", examples), examples, [pairs], Loss(), batches=batches)
 
         seconds_scores = clock.all_data(score)
         if more_queries > 1 or larger > 1:
