@@ -200,8 +200,9 @@ class SGD(Optimizer):
     momentum: float = 0.9
 
     def _one(self, theta, moments, gradient, lr, count):
+        (velocity,) = moments
         return sgd_step(
-            theta, *moments, gradient, lr=lr, momentum=self.momentum, decay=self.weight_decay
+            theta, velocity, gradient, lr=lr, momentum=self.momentum, decay=self.weight_decay
         )
 
 
@@ -219,9 +220,11 @@ class _Adam(Optimizer):
             theta = theta * (1 - lr * self.weight_decay)
         elif self.weight_decay:
             gradient = gradient + self.weight_decay * theta
+        mean, square = moments
         return adam_step(
             theta,
-            *moments,
+            mean,
+            square,
             gradient,
             count=count,
             lr=lr,

@@ -175,11 +175,8 @@ class Recorder:
             normalizer: What the sum of the example losses was divided by; their number when left
                 out.
         """
-        numbers = examples.tolist() if isinstance(examples, Tensor) else list(examples)
-        names = [
-            each if isinstance(each, str) else self.ids[each] if self.ids else str(each)
-            for each in numbers
-        ]
+        numbers: list = examples.tolist() if isinstance(examples, Tensor) else list(examples)
+        names = [self._name(each) for each in numbers]
         mean = float(loss.detach()) if isinstance(loss, Tensor) else loss
         self._told.append((names, mean, float(normalizer or len(names))))
         self._pair()
@@ -212,6 +209,11 @@ class Recorder:
     def stop(self) -> None:
         """Follow the optimizer no longer."""
         self._hook.remove()
+
+    def _name(self, example: str | int) -> str:
+        if isinstance(example, str):
+            return example
+        return str(example) if self.ids is None else self.ids[example]
 
     def _follow(self, optimizer: TorchOptimizer, name: str) -> None:
         if hasattr(self, "_hook"):
@@ -358,9 +360,11 @@ def record_trainer(
     class RecordCallback(transformers.TrainerCallback):
         """Turns the Trainer's events into steps of a recorder."""
 
-        recorder: Recorder | None = None
+        recorder: Any = None
 
-        def on_train_begin(self, args, state, control, model=None, optimizer=None, **_):
+        def on_train_begin(
+            self, args, state, control, model: Any = None, optimizer: Any = None, **_
+        ):
             clip = {"max_grad_norm": args.max_grad_norm} if args.max_grad_norm else {}
             plain = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
             self.recorder = Recorder(
