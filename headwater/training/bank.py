@@ -41,7 +41,7 @@ from headwater.training.loop import (
 from headwater.training.optimizers import as_stages
 from headwater.training.trajectory import write_tensors
 
-Run = tuple[int, int]  # subset, repeat
+Cell = tuple[int, int]  # subset, repeat
 Trainer = Callable[[Int[Tensor, " n"], int], Mapping[str, Tensor]]
 
 MASKS, MEASUREMENTS, META = "masks.safetensors", "measurements.safetensors", "meta.json"
@@ -165,7 +165,7 @@ def build_bank(
 
     names = list(measure)
 
-    def retrain(runs: list[Run]) -> Parameters:
+    def retrain(runs: list[Cell]) -> Parameters:
         chosen = masks[[subset for subset, _ in runs]]
         seeds = [_seed(*run, masks, first_seed, same_run) for run in runs]
         return train(
@@ -179,7 +179,7 @@ def build_bank(
             loss=loss,
         )
 
-    def groups(todo: list[Run]) -> Iterator[tuple[list[Run], dict[str, Tensor]]]:
+    def groups(todo: list[Cell]) -> Iterator[tuple[list[Cell], dict[str, Tensor]]]:
         sizes = _sizes(masks, [stage.examples for stage in stages])
         for runs in _groups(todo, [()] * len(masks) if same_run else sizes, n_parallel):
             predicted = outputs(model, retrain(runs), x_query)
@@ -245,18 +245,18 @@ def build_bank_with(
         FolderBusy: Another process is filling the bank.
     """
 
-    def job(run: Run) -> tuple[Tensor, int]:
+    def job(run: Cell) -> tuple[Tensor, int]:
         return masks[run[0]].nonzero()[:, 0], _seed(*run, masks, first_seed, same_run)
 
-    def alone(todo: list[Run]) -> Iterator[tuple[list[Run], dict[str, Tensor]]]:
+    def alone(todo: list[Cell]) -> Iterator[tuple[list[Cell], dict[str, Tensor]]]:
         for run in todo:
             yield [run], {name: value[None] for name, value in trainer(*job(run)).items()}
 
-    def pooled(todo: list[Run]) -> Iterator[tuple[list[Run], dict[str, Tensor]]]:
+    def pooled(todo: list[Cell]) -> Iterator[tuple[list[Cell], dict[str, Tensor]]]:
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
         options = (os.getpid(), n_threads)
         with ProcessPoolExecutor(n_processes, context, _begin_worker, options) as pool:
-            waiting, rest = dict[Future, Run](), list(todo)
+            waiting, rest = dict[Future, Cell](), list(todo)
             try:
                 while waiting or rest:
                     while rest and len(waiting) < 2 * n_processes:
@@ -303,7 +303,7 @@ def _fill(
     names: list[str] | None,
     repeats: int,
     meta: dict[str, Any],
-    runner: Callable[[list[Run]], Iterator[tuple[list[Run], dict[str, Tensor]]]],
+    runner: Callable[[list[Cell]], Iterator[tuple[list[Cell], dict[str, Tensor]]]],
     progress: Callable[[int, int], None] | None,
 ) -> RetrainingBank:
     """Make the runs that a bank lacks, written as they come."""
@@ -394,7 +394,9 @@ def _open(
     return bank
 
 
-def _groups(runs: list[Run], sizes: list[tuple[int, ...]], n_parallel: int) -> Iterator[list[Run]]:
+def _groups(
+    runs: list[Cell], sizes: list[tuple[int, ...]], n_parallel: int
+) -> Iterator[list[Cell]]:
     """Runs that can train side by side, as their subsets have one size; in the given order."""
     while runs:
         alike = [run for run in runs if sizes[run[0]] == sizes[runs[0][0]]]

@@ -9,6 +9,7 @@ where $B_k$ does not depend on the weights, so that leaving an example out (w = 
 of the run and not another run. `train_model` makes and records a run; `Run` repeats a recorded one.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -46,15 +47,15 @@ class State:
     optimizer: OptimizerState
 
 
-class _Losses(nn.Module):
-    """A model's losses as a module, so that `functional_call` can replace its parameters."""
+class _Bound(nn.Module):
+    """A function of a model as a module, so that `functional_call` can replace the parameters."""
 
-    def __init__(self, model: nn.Module, task: Task, per_token: bool):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.of = model, task.token_loss if per_token else task.loss
+        self.model = model
 
-    def forward(self, batch: Any) -> Tensor:
-        return self.of(self.model, batch)
+    def forward(self, function: Callable[[nn.Module], Tensor]) -> Tensor:
+        return function(self.model)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,10 +122,6 @@ class Run:
         return k == self.trajectory.stages[self._stage_of[k]].start
 
     @cached_property
-    def _losses(self) -> nn.Module:
-        return _Losses(self.model, self.task, self.per_token)
-
-    @cached_property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
@@ -147,9 +144,13 @@ class Run:
 
     def losses(self, parameters: Parameters, batch: Any) -> Tensor:
         """Losses of a batch's examples (batch), or of their tokens (batch, pos)."""
-        return functional_call(
-            self._losses, {f"model.{n}": p for n, p in parameters.items()}, (batch,)
-        )
+        of = self.task.token_loss if self.per_token else self.task.loss
+        return self.call(parameters, lambda model: of(model, batch))
+
+    def call(self, parameters: Parameters, function: Callable[[nn.Module], Tensor]) -> Tensor:
+        """A function of the model with these parameters in place of its own."""
+        named = {f"model.{n}": p for n, p in parameters.items()}
+        return functional_call(_Bound(self.model), named, (function,))
 
     def objective(
         self, k: int, parameters: Parameters, batch: Any, weights: Tensor | None = None
@@ -265,7 +266,7 @@ def train_model(
 
         def after(done: int, state: State, loss: float) -> None:
             k = done - 1
-            if not torch.isfinite(torch.tensor(loss)):
+            if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"The loss of step {done} is {loss}; lower lr (now {plan.lr[k]:.3g})."
                 )
