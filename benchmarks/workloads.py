@@ -87,7 +87,7 @@ def mnist(folder: Path) -> Workload:
     model, file = mlp(SIZES), folder / "mlp.safetensors"
     if not file.exists():
         sgd = SGD(weight_decay=WEIGHT_DECAY)
-        trained = train([model], x, y, subsets=chosen[None], seeds=[0], sgd=sgd)
+        trained = train([model], x, y, subsets=chosen[None], seeds=[0], optimizer=sgd)
         save_file(unstack(trained, 0), file)
     model.load_state_dict(load_file(file))
     return Workload(

@@ -70,7 +70,7 @@ def train_base(x: Tensor, y: Tensor, seeds: list[int]) -> list[dict[str, Tensor]
         y,
         subsets=torch.arange(len(x)).repeat(len(seeds), 1),
         seeds=seeds,
-        sgd=RECIPE,
+        optimizer=RECIPE,
     )
     return [unstack(parameters, i) for i in range(len(seeds))]
 
@@ -106,7 +106,7 @@ def main(plan: Plan) -> None:
         (x, y),
         (x_query, y_query),
         random_masks(len(x), plan.subsets),
-        sgd=RECIPE,
+        optimizer=RECIPE,
         repeats=plan.repeats,
         n_parallel=plan.parallel,
         progress=progress,

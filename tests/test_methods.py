@@ -1,8 +1,11 @@
 """The contract of every method: it documents itself, repeats itself, saves, loads and cites."""
 
+import copy
 import dataclasses
 import inspect
 import json
+from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from headwater.core.curvature import EKFAC
 from headwater.core.provenance import PAPERS, papers
 from headwater.core.scores import Scores
 from headwater.trace.base import Attributor
+from headwater.training.optimizers import SGD
+from headwater.training.run import train_model
 from tests.curvature_cases import case
 
 ATTRIBUTORS = sorted(
@@ -28,11 +33,21 @@ _FITS: dict[str, object] = {}
 
 
 def fitted(name: str):
-    """One fit of a case, with its queries, for all tests."""
+    """One fit of a case's model after a short recorded run, with queries and record, for all tests."""
     if name not in _FITS:
-        found = case(name)
-        _FITS[name] = (found.fit(EKFAC(), weight_decay=0.01), found.query)
+        found, folder = case(name), Path(mkdtemp())
+        model, rule = copy.deepcopy(found.model), SGD(lr=0.02, batch_size=4, epochs=2)
+        run = train_model(model, found.train, found.task, rule, folder=folder, keep_optimizer=True)
+        fit = headwater.fit(model, found.train, found.task, curvature=EKFAC(), weight_decay=0.01)
+        _FITS[name] = (fit, found.query, run)
     return _FITS[name]
+
+
+def attribute(method, name: str):
+    """A method's scores of a case; methods that read the training run get its record."""
+    fit, queries, run = fitted(name)
+    reads = "trajectory" in inspect.signature(method.attribute).parameters
+    return method().attribute(fit, queries, **({"trajectory": run} if reads else {}))
 
 
 def test_every_method_is_listed():
@@ -65,8 +80,8 @@ def test_is_its_own_configuration(method):
 @every
 @pytest.mark.parametrize("name", ["mlp", "lm"])
 def test_gives_scores_and_repeats_itself(method, name):
-    fit, queries = fitted(name)
-    scores, again = (method().attribute(fit, queries) for _ in range(2))
+    fit, queries, _ = fitted(name)
+    scores, again = (attribute(method, name) for _ in range(2))
     assert isinstance(scores, Scores) and scores.values.dtype == torch.float32
     assert scores.values.shape == (len(queries), len(fit.train)) and bool(
         scores.values.isfinite().all()
@@ -78,8 +93,7 @@ def test_gives_scores_and_repeats_itself(method, name):
 
 @every
 def test_saves_and_loads(method, tmp_path):
-    fit, queries = fitted("lm")
-    scores = method().attribute(fit, queries)
+    fit, scores = fitted("lm")[0], attribute(method, "lm")
     scores.save(tmp_path / "scores")
     again = Scores.load(tmp_path / "scores")
     assert torch.equal(again.values, scores.values) and again.metadata == scores.metadata
@@ -89,8 +103,7 @@ def test_saves_and_loads(method, tmp_path):
 
 @every
 def test_cites(method):
-    fit, queries = fitted("mlp")
-    scores = method().attribute(fit, queries)
+    scores = attribute(method, "mlp")
     assert method.paper in papers(scores.facts)
     assert set(papers(scores.facts)) <= set(PAPERS)
     assert PAPERS[method.paper] in headwater.cite(scores)

@@ -42,6 +42,18 @@ PAPERS: dict[str, str] = {
   booktitle={Advances in Neural Information Processing Systems},
   year={2020}
 }""",
+    "arXiv:2503.13751": """@article{engstrom2025optimizing,
+  title={Optimizing {ML} Training with Metagradient Descent},
+  author={Engstrom, Logan and Ilyas, Andrew and Chen, Benjamin and Feldmann, Axel and Moses, William and M{\\k{a}}dry},
+  journal={arXiv preprint arXiv:2503.13751},
+  year={2025}
+}""",
+    "arXiv:2504.16430": """@article{ilyas2025magic,
+  title={{MAGIC}: Near-Optimal Data Attribution for Deep Learning},
+  author={Ilyas, Andrew and Engstrom, Logan},
+  journal={arXiv preprint arXiv:2504.16430},
+  year={2025}
+}""",
     "doi:10.1162/neco.1992.4.3.415": """@article{mackay1992bayesian,
   title={Bayesian Interpolation},
   author={MacKay, David J. C.},

@@ -40,3 +40,41 @@ def logistic_regression(in_features: int, classes: int, *, seed: int = 0) -> nn.
         650
     """
     return mlp([in_features, classes], seed=seed)
+
+
+def cnn(
+    side: int,
+    classes: int,
+    *,
+    channels: Sequence[int] = (16, 32),
+    in_channels: int = 1,
+    seed: int = 0,
+) -> nn.Sequential:
+    """A convolutional network on square images held as vectors.
+
+    Each stage is a 3 × 3 convolution that keeps the size, a ReLU, and a mean over 2 × 2 pixels; a
+    linear layer reads all that is left.
+
+    Args:
+        side: Height and width of the images in pixels.
+        classes: Number of classes.
+        channels: Output channels of each stage.
+        in_channels: Colours of the images.
+        seed: Seed of the initial weights (PyTorch's defaults).
+
+    Example:
+        >>> cnn(8, 10)(torch.zeros(3, 64)).shape
+        torch.Size([3, 10])
+    """
+    if side >> len(channels) == 0:
+        raise ValueError(
+            f"{len(channels)} stages halve images of {side} pixels to nothing; use fewer channels."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [nn.Unflatten(1, (in_channels, side, side))]
+        for n_in, n_out in pairwise([in_channels, *channels]):
+            layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
+        features = ([in_channels, *channels])[-1] * (side >> len(channels)) ** 2
+        layers += [nn.Flatten(), nn.Linear(features, classes)]
+    return nn.Sequential(*layers)

@@ -6,5 +6,6 @@ A method takes a fit and queries and returns scores (query, train), positive whe
 from headwater.trace.base import Attributor
 from headwater.trace.gradient import GradientCosine, GradientDot
 from headwater.trace.influence import Influence, refine
+from headwater.trace.unrolling import Unrolling
 
-__all__ = ["Attributor", "GradientCosine", "GradientDot", "Influence", "refine"]
+__all__ = ["Attributor", "GradientCosine", "GradientDot", "Influence", "Unrolling", "refine"]

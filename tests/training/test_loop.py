@@ -54,7 +54,7 @@ def test_models_side_by_side_equal_models_one_by_one(schedule, n):
     sgd = SGD(lr=0.1, weight_decay=1e-2, batch_size=4, epochs=3, schedule=schedule)
     subsets = torch.stack([torch.randperm(30)[:n] for _ in range(4)])
     seeds = [3, 4, 5, 6]
-    together = train([model(s) for s in seeds], x, y, subsets=subsets, seeds=seeds, sgd=sgd)
+    together = train([model(s) for s in seeds], x, y, subsets=subsets, seeds=seeds, optimizer=sgd)
     for i, seed in enumerate(seeds):
         alone = train_with_torch(model(seed), x, y, subsets[i], seed, sgd)
         for name, value in alone.named_parameters():
@@ -69,7 +69,13 @@ def test_weights_multiply_losses_and_leave_the_order_alone():
     weights[1, 1] = 2.5
     everything = torch.arange(30).repeat(2, 1)
     together = train(
-        [model(1), model(1)], x, y, subsets=everything, seeds=[1, 1], sgd=RECIPE, weights=weights
+        [model(1), model(1)],
+        x,
+        y,
+        subsets=everything,
+        seeds=[1, 1],
+        optimizer=RECIPE,
+        weights=weights,
     )
     for i in range(2):
         alone = train_with_torch(model(1), x, y, everything[i], 1, RECIPE, weights[i])
@@ -83,7 +89,7 @@ def test_training_finds_the_minimum_of_the_stated_objective():
         lr=0.5, momentum=0.8, weight_decay=0.05, batch_size=30, epochs=300, schedule="constant"
     )
     net = mlp([6, 3]).double()
-    trained = train([net], x, y, subsets=torch.arange(30)[None], seeds=[0], sgd=sgd)
+    trained = train([net], x, y, subsets=torch.arange(30)[None], seeds=[0], optimizer=sgd)
     net.load_state_dict(unstack(trained, 0))
     penalty = sum(p.square().sum() for p in net.parameters()) * 0.05 / 2
     (cross_entropy(net(x), y) + penalty).backward()
@@ -95,13 +101,13 @@ def test_initial_models_are_left_as_they_were():
     x, y = data()
     first = model(0)
     before = {k: v.clone() for k, v in first.state_dict().items()}
-    train([first], x, y, subsets=torch.arange(30)[None], seeds=[0], sgd=RECIPE)
+    train([first], x, y, subsets=torch.arange(30)[None], seeds=[0], optimizer=RECIPE)
     assert all(torch.equal(before[k], v) for k, v in first.state_dict().items())
 
 
 def test_every_epoch_visits_every_example_of_the_subset_once_in_a_new_order():
     subset = torch.tensor([[2, 3, 5, 7, 11]])
-    rows = list(batches(subset, seeds=[0], sgd=SGD(batch_size=2, epochs=2)))
+    rows = list(batches(subset, seeds=[0], optimizer=SGD(batch_size=2, epochs=2)))
     assert [len(row[0]) for row in rows] == [2, 2, 1, 2, 2, 1]
     epochs = [torch.cat(rows[:3], 1), torch.cat(rows[3:], 1)]
     assert all(sorted(e[0].tolist()) == [2, 3, 5, 7, 11] for e in epochs)
@@ -127,7 +133,7 @@ def test_the_hook_sees_every_step():
         y,
         subsets=torch.arange(30)[None],
         seeds=[0],
-        sgd=RECIPE,
+        optimizer=RECIPE,
         after_step=lambda step, theta: seen.append((step, theta["0.bias"].clone())),
     )
     assert [step for step, _ in seen] == list(range(1, 3 * 8 + 1))
@@ -166,7 +172,7 @@ def test_training_that_diverges_is_an_error_that_names_the_model():
             y,
             subsets=torch.arange(30).repeat(2, 1),
             seeds=[0, 1],
-            sgd=RECIPE,
+            optimizer=RECIPE,
             weights=weights,
         )
 
@@ -174,4 +180,4 @@ def test_training_that_diverges_is_an_error_that_names_the_model():
 def test_seeds_and_subsets_must_match_the_models():
     x, y = data()
     with pytest.raises(ValueError, match="2 models, 1 subsets and 2 seeds"):
-        train([model(0)] * 2, x, y, subsets=torch.arange(30)[None], seeds=[0, 1], sgd=RECIPE)
+        train([model(0)] * 2, x, y, subsets=torch.arange(30)[None], seeds=[0, 1], optimizer=RECIPE)

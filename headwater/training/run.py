@@ -1,0 +1,361 @@
+r"""A training run as a pure function of the weights of its examples.
+
+A run is a list of steps: which examples, divided by what, at which learning rate. Step k takes
+parameters and optimizer state to the next ones by the gradient of
+
+$$\ell_k(\theta, w) = \frac{1}{B_k} \sum_{i \in \text{batch}_k} w_i L_i(\theta),$$
+
+where $B_k$ does not depend on the weights, so that leaving an example out (w = 0) is a small change
+of the run and not another run. `train_model` makes and records a run; `Run` repeats a recorded one.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from headwater.core.capture import evaluation_mode
+from headwater.core.examples import Examples, as_examples, to_device
+from headwater.core.fingerprint import fingerprint_json, fingerprint_model
+from headwater.core.task import Task
+from headwater.training.optimizers import (
+    Optimizer,
+    OptimizerState,
+    Parameters,
+    Stage,
+    as_stages,
+    plan_steps,
+)
+from headwater.training.record import TrajectoryWriter
+from headwater.training.trajectory import StageRecord, Trajectory, checkpoint_steps
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands: parameters, and what the optimizer remembers."""
+
+    parameters: Parameters
+    optimizer: OptimizerState
+
+
+class _Bound(nn.Module):
+    """A function of a model as a module, so that `functional_call` can replace the parameters."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module], Tensor]) -> Tensor:
+        return function(self.model)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Run:
+    """A recorded run that can be repeated, with other weights of the examples or step by step.
+
+    The model runs in evaluation mode (no dropout), with attention whose derivatives have
+    derivatives. Its parameters are left as they are.
+
+    Attributes:
+        model: The model.
+        task: What it was trained for.
+        train: The examples, under the ids that the record knows.
+        trajectory: The record, with the initial parameters as its first checkpoint.
+        per_token: Weigh tokens, not examples.
+    """
+
+    model: nn.Module
+    task: Task
+    train: Examples
+    trajectory: Trajectory
+    per_token: bool = False
+
+    def __post_init__(self):
+        unknown = self.trajectory.examples() - set(self.train.ids)
+        if unknown:
+            raise ValueError(
+                f"The run saw {len(unknown)} examples that the data does not have, such as "
+                f"{min(unknown)!r}; pass the data of all its stages."
+            )
+        if not self.trajectory.checkpoints or self.trajectory.checkpoints[0].step:
+            raise ValueError(
+                "The record has no initial parameters (a checkpoint at step 0); record the run with "
+                "headwater.training.record or train_model."
+            )
+
+    @property
+    def steps(self) -> int:
+        """How many steps the run has."""
+        return self.trajectory.steps
+
+    @cached_property
+    def batches(self) -> list[list[int]]:
+        """Numbers of the examples of each step."""
+        number = {name: i for i, name in enumerate(self.train.ids)}
+        return [[number[name] for name in batch] for batch in self.trajectory.batches]
+
+    @cached_property
+    def rules(self) -> list[Optimizer]:
+        """The optimizer of each stage."""
+        return [stage.rule() for stage in self.trajectory.stages]
+
+    @cached_property
+    def _stage_of(self) -> list[int]:
+        stages = enumerate(self.trajectory.stages)
+        return [number for number, s in stages for _ in range(s.start, s.stop)]
+
+    def rule(self, k: int) -> Optimizer:
+        """The optimizer of step k."""
+        return self.rules[self._stage_of[k]]
+
+    def begins_stage(self, k: int) -> bool:
+        """Whether the optimizer starts afresh at step k."""
+        return k == self.trajectory.stages[self._stage_of[k]].start
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def initial(self) -> State:
+        """Parameters and optimizer before the first step."""
+        saved, own = self.trajectory.load_checkpoint(0), dict(self.model.named_parameters())
+        differ = [n for n, v in saved.items() if n not in own or own[n].shape != v.shape]
+        if differ:
+            raise ValueError(
+                f"The run trained {differ[0]!r} of shape {tuple(saved[differ[0]].shape)}, which the "
+                "model does not have; pass the model that was trained."
+            )
+        parameters = {name: saved[name].to(self.device) for name in own if name in saved}
+        return State(parameters, self.rules[0].init(parameters))
+
+    def batch(self, k: int) -> Any:
+        """The examples of step k, collated."""
+        return to_device(self.train.batch(self.batches[k]), self.device)
+
+    def losses(self, parameters: Parameters, batch: Any) -> Tensor:
+        """Losses of a batch's examples (batch), or of their tokens (batch, pos)."""
+        of = self.task.token_loss if self.per_token else self.task.loss
+        return self.call(parameters, lambda model: of(model, batch))
+
+    def call(self, parameters: Parameters, function: Callable[[nn.Module], Tensor]) -> Tensor:
+        """A function of the model with these parameters in place of its own."""
+        named = {f"model.{n}": p for n, p in parameters.items()}
+        return functional_call(_Bound(self.model), named, (function,))
+
+    def objective(
+        self, k: int, parameters: Parameters, batch: Any, weights: Tensor | None = None
+    ) -> Tensor:
+        """What step k descends: its examples' weighted losses over its normalizer."""
+        losses = self.losses(parameters, batch)
+        if weights is not None:
+            losses = losses * weights[..., : losses.shape[-1]]
+        return losses.sum() / self.trajectory.normalizers[k]
+
+    def step(self, k: int, state: State, weights: Tensor | None = None) -> State:
+        """The state after step k; weights are those of all examples, or None for ones."""
+        return self.step_and_loss(k, state, weights)[0]
+
+    def step_and_loss(
+        self, k: int, state: State, weights: Tensor | None = None
+    ) -> tuple[State, Tensor]:
+        """The state after step k, and the step's loss before it."""
+        batch, own = self.batch(k), None if weights is None else weights[self.batches[k]]
+        with evaluation_mode(self.model), sdpa_kernel(SDPBackend.MATH):
+            gradients, loss = grad_and_value(lambda p: self.objective(k, p, batch, own))(
+                state.parameters
+            )
+        return self.update(k, state, gradients), loss
+
+    def update(self, k: int, state: State, gradients: Parameters) -> State:
+        """What the optimizer makes of step k's gradients."""
+        rule = self.rule(k)
+        memory = rule.init(state.parameters) if self.begins_stage(k) else state.optimizer
+        return State(*rule.step(state.parameters, memory, gradients, self.trajectory.lr[k]))
+
+    def repeat(
+        self,
+        weights: Tensor | None = None,
+        *,
+        state: State | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        after_step: Callable[[int, State, float], None] | None = None,
+    ) -> State:
+        """The state that the run ends in, with these weights of the examples.
+
+        Args:
+            weights: One weight for each example (or example and position); ones when left out.
+            state: Where to begin; the initial parameters when left out.
+            start: The step to begin with.
+            stop: The step to end before.
+            after_step: Called with the number of steps done, the state and the step's loss.
+        """
+        state = self.initial() if state is None else state
+        for k in range(start, self.steps if stop is None else stop):
+            state, loss = self.step_and_loss(k, state, weights)
+            if after_step is not None:
+                after_step(k + 1, state, float(loss))
+        return state
+
+
+def train_model(
+    model: nn.Module,
+    train: Any,
+    task: Task,
+    optimizer: Optimizer | Sequence[Stage],
+    *,
+    folder: str | Path | None = None,
+    checkpoints: int = 6,
+    keep_optimizer: bool = False,
+    normalize: Literal["examples", "tokens"] = "examples",
+    weights: Float[Tensor, " train"] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Trajectory | None:
+    """Train a model in place with the plain loop, and record the run.
+
+    The order of examples is that of `headwater.training.loop.train` with the same seed. Dropout
+    stays off, so that the run repeats exactly.
+
+    Args:
+        model: The model; parameters that require gradients are trained.
+        train: The training data.
+        task: What it is trained for.
+        optimizer: Optimizer and length of training; or several stages.
+        folder: Where the record goes; nothing is kept when left out.
+        checkpoints: Evenly spaced checkpoints, beside the initial parameters and the ends of stages.
+        keep_optimizer: Keep the optimizer's moments beside each checkpoint.
+        normalize: Divide a batch's summed loss by its examples, or by its scored tokens.
+        weights: Weight of each example in the loss.
+        seed: Seed of the order of examples.
+        progress: Called with (steps done, steps in all, note).
+
+    Returns:
+        The record, or None without a folder.
+
+    Raises:
+        FloatingPointError: The loss of a step, or the parameters at the end, were not finite.
+    """
+    examples, stages = as_examples(train), as_stages(optimizer)
+    plan = _plan(model, examples, task, stages, normalize, seed)
+    parameters = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    made_from = {
+        "model": fingerprint_model(model),
+        "data": examples.fingerprint(),
+        "options": fingerprint_json(
+            [stage.optimizer.facts for stage in stages] + [normalize, seed]
+        ),
+    }
+    lengths = [stage.stop - stage.start for stage in plan.stages]
+    keep = set(checkpoint_steps(lengths, checkpoints))
+    with TemporaryDirectory() as unused:
+        place = unused if folder is None else folder
+        writer = TrajectoryWriter(place, parameters, seed=seed, made_from=made_from)
+        plan = replace(plan, checkpoints=list(writer.checkpoints), folder=Path(place))
+        run = Run(model=model, task=task, train=examples, trajectory=plan)
+
+        def after(done: int, state: State, loss: float) -> None:
+            k = done - 1
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss of step {done} is {loss}; lower lr (now {plan.lr[k]:.3g})."
+                )
+            if run.begins_stage(k):
+                writer.stage(plan.stages[run._stage_of[k]])
+            writer.step(plan.batches[k], plan.lr[k], loss, plan.normalizers[k])
+            if done in keep and folder is not None:
+                moments = state.optimizer.moments if keep_optimizer else None
+                writer.checkpoint(done, state.parameters, moments, sum(plan.lr[:done]))
+            if progress is not None:
+                progress(done, run.steps, f"training: loss {loss:.3f}")
+
+        final = run.repeat(weights, after_step=after).parameters
+        _put(model, final)
+        return None if folder is None else writer.finish(final)
+
+
+def _put(model: nn.Module, parameters: Parameters) -> None:
+    broken = [name for name, value in parameters.items() if not value.isfinite().all()]
+    if broken:
+        raise FloatingPointError(
+            f"Training ended with weights that are not finite ({broken[0]}); lower lr."
+        )
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in parameters.items():
+            named[name].copy_(value)
+
+
+def _plan(
+    model: nn.Module,
+    examples: Examples,
+    task: Task,
+    stages: Sequence[Stage],
+    normalize: str,
+    seed: int,
+) -> Trajectory:
+    """The run that is to be made, as a record of it."""
+    counts = _scored(model, examples, task) if normalize == "tokens" else torch.ones(len(examples))
+    batches, lr, normalizers = [], [], []
+    lengths = [0] * len(stages)
+    everything = torch.arange(len(examples))[None]
+    for planned in plan_steps(everything, seeds=[seed], stages=stages):
+        index = planned.examples[0]
+        batches.append([examples.ids[i] for i in index.tolist()])
+        normalizers.append(float(counts[index].sum()))
+        lr.append(planned.lr)
+        lengths[planned.stage] += 1
+    records, start = [], 0
+    for stage, length in zip(stages, lengths, strict=True):
+        records.append(_record(stage, start, start + length))
+        start += length
+    last = records[-1]
+    return Trajectory(
+        optimizer=last.optimizer,
+        lr=lr,
+        weight_decay=last.weight_decay,
+        betas=last.betas,
+        momentum=last.momentum,
+        batches=batches,
+        normalizers=normalizers,
+        losses=[],
+        seed=seed,
+        stages=records,
+    )
+
+
+def _record(stage: Stage, start: int, stop: int) -> StageRecord:
+    facts = stage.optimizer.facts
+    return StageRecord(
+        name=stage.name,
+        start=start,
+        stop=stop,
+        optimizer=facts["name"],
+        weight_decay=facts["weight_decay"],
+        momentum=facts.get("momentum", 0.0),
+        betas=list(facts.get("betas", ())),
+        eps=facts.get("eps", 1e-8),
+        eps_root=facts.get("eps_root", 0.0),
+    )
+
+
+@torch.no_grad()
+def _scored(model: nn.Module, examples: Examples, task: Task) -> Tensor:
+    """How many positions of each example are scored."""
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        parts = [
+            task.predict(model, to_device(examples.batch(part.tolist()), device)).mask.sum(1)
+            for part in torch.arange(len(examples)).split(64)
+        ]
+    return torch.cat(parts).cpu()
