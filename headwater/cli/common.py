@@ -217,6 +217,20 @@ def run_record(model: Path) -> dict[str, Any]:
     }
 
 
+def trace_name(run: Path, name: str | None) -> str | None:
+    """The trace of that name in a run folder, or the only one there is; None where there is none."""
+    if not (run / RUN).is_file():
+        raise FileNotFoundError(f"{run} is no run folder (it has no {RUN}).")
+    found = (run / "traces").glob("*")
+    names = sorted(p.name for p in found if p.is_dir() and not p.name.startswith("."))
+    if name is None and len(names) > 1:
+        raise ValueError(f"{run} holds several traces: {', '.join(names)}. Choose one with --name.")
+    if name is not None and name not in names:
+        there = ", ".join(names) or "none"
+        raise ValueError(f"There is no trace {name!r} in {run}; there are: {there}.")
+    return name or next(iter(names), None)
+
+
 def run_session(run: Path) -> tuple[Session, dict[str, Any]]:
     """The model and data that a run folder was made from, and its record."""
     from headwater.core.files import read_json

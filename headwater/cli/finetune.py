@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from headwater.cli.common import emit_json, progress_bar, read_examples, say
-from headwater.cli.flags import DataFlags, parse, require
+from headwater.cli.flags import FINETUNE, DataFlags, parse, require, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ class Finetune:
 
 def run(words: list[str]) -> int:
     command = parse(Finetune, words, prog="finetune")
+    from headwater.core.files import write_json
     from headwater.models.language import load_language_model
     from headwater.training.finetune import finetune
 
@@ -78,6 +79,7 @@ def run(words: list[str]) -> int:
             seed=command.seed,
             progress=progress,
         )
+    write_json(command.out / FINETUNE, to_json(command))  # so that the run can be repeated
     losses = done.trajectory.losses
     if command.json:
         emit_json(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import tyro
 
-from headwater.cli.common import say
-from headwater.cli.flags import RUN, parse
+from headwater.cli.common import say, trace_name
+from headwater.cli.flags import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,25 +34,13 @@ def run(words: list[str]) -> int:
     from headwater.report.html import write_html
     from headwater.report.terminal import show
 
-    folder = command.run / "traces"
-    names = sorted(p.name for p in folder.glob("*") if p.is_dir() and not p.name.startswith("."))
-    if not (command.run / RUN).is_file():
-        raise FileNotFoundError(f"{command.run} is no run folder (it has no {RUN}).")
-    if not names:
+    name = trace_name(command.run, command.name)
+    if name is None:
         say(
             f"{command.run} holds a fit and no trace; ask one with `headwater trace {command.run} --prompt …`."
         )
         return 0
-    if command.name is None and len(names) > 1:
-        raise ValueError(
-            f"{command.run} holds several traces: {', '.join(names)}. Choose one with --name."
-        )
-    name = command.name or names[0]
-    if name not in names:
-        raise ValueError(
-            f"There is no trace {name!r} in {command.run}; there are: {', '.join(names)}."
-        )
-    evidence = Evidence.load(folder / name)
+    evidence = Evidence.load(command.run / "traces" / name)
     if command.html is not None:
         write_html(evidence, command.html)
         say(f"Wrote {command.html}.")

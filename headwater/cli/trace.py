@@ -1,16 +1,17 @@
 """`headwater trace`: which training examples raised or lowered a completion."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from headwater.cli.common import progress_bar, run_session, say
+from headwater.cli.common import Session, progress_bar, run_session, say
 from headwater.cli.flags import RUN, parse, to_json
 
 if TYPE_CHECKING:
     from headwater.core.evidence import Evidence
+    from headwater.data.tokens import TextExamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +156,8 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
 
     session, record = run_session(command.run)
     fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
-    queries = _queries(command, session)
-    method = Influence(
-        damping=command.method.damping,
-        rank=command.method.rank,
-        cg_steps=command.method.cg_steps,
-        confidence_level=command.method.confidence_level,
-        n_intervals=command.top,
-    )
+    queries = traced_queries(command, session)
+    method = Influence(**asdict(command.method), n_intervals=command.top)
     known = {
         "model": Path(record["fit"]["model"]).name,
         "corpus": Path(record["fit"]["data"]).name,
@@ -188,7 +183,7 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
     return replace(evidence, facts=evidence.facts | measured)
 
 
-def _queries(command: Trace, session: Any) -> Any:
+def traced_queries(command: Trace, session: Session) -> "TextExamples":
     """The queries; alternatives, where there are any, follow the completions."""
     from headwater.cli.common import read_examples
     from headwater.cli.flags import DataFlags

@@ -8,7 +8,7 @@ tokens that an average batch scores. Dropout stays off: the run repeats exactly 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -63,6 +63,7 @@ def finetune(
     weight_decay: float = 0.01,
     warmup: int = 5,
     seed: int = 0,
+    weights: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Finetuned:
     """Fine-tune with AdamW, a short warmup and a learning rate that falls to zero linearly.
@@ -86,6 +87,8 @@ def finetune(
         weight_decay: AdamW's decay of the trained parameters.
         warmup: Steps until the learning rate is reached.
         seed: Seed of the adapters' initial weights and of the order of examples.
+        weights: Weight of the loss of some examples, by id: 0 leaves one out, 2 counts it twice. The order of the
+            examples and the scale of the loss stay those of the run without weights.
         progress: Called with (steps done, steps in all, note).
 
     Raises:
@@ -110,6 +113,8 @@ def finetune(
         "warmup": warmup,
         "seed": seed,
     }
+    if weights:
+        options["weights"] = _checked(weights, examples)
     made_from = {
         "model": fingerprint_model(language.model),
         "data": examples.fingerprint(),
@@ -137,6 +142,13 @@ def finetune(
         base_path=language.path if lora_rank else None,
     )
     return Finetuned(language=tuned, trajectory=trajectory, path=out)
+
+
+def _checked(weights: Mapping[str, float], examples: Examples) -> dict[str, float]:
+    unknown = set(weights) - set(examples.ids)
+    if unknown:
+        raise ValueError(f"weights name {sorted(unknown)[0]!r}, which is no training example.")
+    return {name: float(w) for name, w in sorted(weights.items())}
 
 
 def _finished(out: Path, language: LanguageModel, made_from: dict[str, str]) -> Finetuned:
@@ -244,9 +256,11 @@ class _Run:
     def _loss(self, indices: Sequence[int]) -> tuple[Tensor, float]:
         """Summed loss of a batch, to be differentiated, and its mean over scored tokens."""
         batch = to_device(self.examples.batch(indices), next(self.model.parameters()).device)
-        total = CausalLM().loss(self.model, batch).sum()
+        losses = CausalLM().loss(self.model, batch)
         n = int((batch["labels"][:, 1:] != IGNORE).sum())
-        return total, total.item() / n
+        weights = self.options.get("weights", {})
+        total = losses * losses.new_tensor([weights.get(self.examples.ids[i], 1.0) for i in indices])
+        return total.sum(), losses.sum().item() / n
 
     def _not_finite(self, step: int, indices: Sequence[int], lr: float) -> str:
         """Which examples of a batch have a loss that is not finite."""

@@ -1,0 +1,267 @@
+r"""Verify a claim about training data: retrain without it, with it twice, and without as much chosen at random.
+
+Scores predict what a small change of the examples' weights does to a measurement: with weights $w_n$ in place of one,
+
+$$\Delta f(q) \approx \sum_n (w_n - 1)\, \tau(q, n).$$
+
+Here each prediction is held against a training run that differs from the original in those weights and in nothing
+else (same seed, same order of examples), or against the mean over several seeds. Removing examples at random is the
+control: a ranking that knows something moves the measurement more than chance does.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwater.core.files import read_json, write_json
+from headwater.core.fingerprint import fingerprint_json
+from headwater.core.scores import Scores
+from headwater.numerics.resampling import student_quantile
+
+# Weights of all training examples, and the seed of the run -> the measurement of every query.
+Retrain = Callable[[Float[Tensor, " train"], int], Float[Tensor, " query"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A change of the training data: the weight of each example that no longer counts once.
+
+    Args:
+        name: What it is, in words.
+        weights: New weights by number of the training example: 0 leaves it out, 2 counts it twice.
+        control: Whether it was chosen at random, for comparison.
+    """
+
+    name: str
+    weights: dict[int, float]
+    control: bool = False
+
+    def vector(self, n_train: int) -> Float[Tensor, " train"]:
+        """Weights of all examples."""
+        weights = torch.ones(n_train)
+        for number, weight in self.weights.items():
+            weights[number] = weight
+        return weights
+
+    def predicted(self, scores: Scores) -> Float[Tensor, " query"]:
+        """What the scores say it does to each query's measurement."""
+        numbers = scores.kept or range(len(scores.train_ids))
+        column = {number: i for i, number in enumerate(numbers)}
+        missing = [n for n in self.weights if n not in column]
+        if missing:
+            raise ValueError(
+                f"The scores of training example {missing[0]} were not kept; score with keep=None to verify {self.name!r}."
+            )
+        chosen = [column[n] for n in self.weights]
+        moved = torch.tensor(list(self.weights.values()), dtype=torch.float64) - 1
+        return scores.values[:, chosen].double() @ moved
+
+
+def changes(
+    scores: Scores, *, k: int = 10, queries: Sequence[int] | None = None, seed: int = 0
+) -> list[Change]:
+    """Leaving out the k examples that raise each query most, as many at random, and counting those k twice.
+
+    With several queries it is the union of their examples that is left out, so that one run serves them all.
+
+    Args:
+        scores: Scores of all training examples.
+        k: Examples of each query; those that raise it only.
+        queries: Which queries to ask about; all when left out.
+        seed: Seed of the random choice.
+    """
+    asked = range(len(scores)) if queries is None else queries
+    top = scores.top(k)
+    strongest = sorted({scores.index(i) for q in asked for i in top[q] if scores.values[q, i] > 0})
+    if not strongest:
+        raise ValueError("No training example raises these queries, so there is nothing to remove.")
+    numbers = scores.kept or range(len(scores.train_ids))
+    rest = [n for n in numbers if n not in set(strongest)]
+    if len(rest) < len(strongest):
+        raise ValueError(
+            f"{len(strongest)} of {len(list(numbers))} examples are to be left out, which leaves too few to choose as "
+            "many at random from; lower k."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rest), generator=generator)[: len(strongest)].tolist()
+    count = len(strongest)
+    return [
+        Change(name=f"without the top {count}", weights=dict.fromkeys(strongest, 0.0)),
+        Change(
+            name=f"without {count} at random",
+            weights={rest[i]: 0.0 for i in sorted(order)},
+            control=True,
+        ),
+        Change(name=f"with the top {count} twice", weights=dict.fromkeys(strongest, 2.0)),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a change of the training data did to one query, beside what was predicted.
+
+    Args:
+        query_id: The query.
+        change: The change, in words.
+        control: Whether it was chosen at random.
+        n_changed: Examples whose weight changed.
+        predicted: Predicted change of the measurement, in its unit (nats).
+        actual: Change after retraining, the mean over seeds.
+        low: Lower end of the 95 % interval over seeds; None for one seed.
+        high: Upper end.
+        before: The measurement after the original training.
+    """
+
+    query_id: str
+    change: str
+    control: bool
+    n_changed: int
+    predicted: float
+    actual: float
+    before: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Predicted and actual changes, query by query.
+
+    Args:
+        outcomes: One for each change and query.
+        measurement: What was measured.
+        protocol: "same run" (the original seed and order) or "mean over seeds".
+        facts: What made it.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    measurement: str
+    protocol: str
+    facts: dict[str, Any]
+
+    @property
+    def beats_chance(self) -> list[bool]:
+        """For each query, whether leaving out the top moved it further down than leaving out others at random."""
+        by: dict[str, dict[str, float]] = {}
+        for o in self.outcomes:
+            key = "control" if o.control else o.change
+            by.setdefault(o.query_id, {})[key] = o.actual
+        return [
+            next(v for k, v in each.items() if k.startswith("without")) < each["control"]
+            for each in by.values()
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        write_json(Path(path), asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Verification":
+        """Read what `save` wrote."""
+        content = read_json(Path(path))
+        outcomes = tuple(Outcome(**each) for each in content.pop("outcomes"))
+        return cls(outcomes=outcomes, **content)
+
+    def __repr__(self) -> str:
+        lines = [f"Verification of {self.measurement}, {self.protocol} (predicted → actual)"]
+        lines += [
+            f"  {o.query_id}, {o.change}: {o.predicted:+.3f} → {o.actual:+.3f}"
+            for o in self.outcomes
+        ]
+        return "\n".join(lines)
+
+
+def verify(
+    retrain: Retrain,
+    scores: Scores,
+    planned: Sequence[Change] | None = None,
+    *,
+    seeds: Sequence[int] = (0,),
+    before: Float[Tensor, " query"] | None = None,
+    cache: str | Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Verification:
+    """Retrain under each change and compare what happened with what the scores say.
+
+    Args:
+        retrain: Trains with the given weights of the examples and seed; returns the measurement of every query.
+        scores: The claim, in the measurement's unit.
+        planned: The changes; `changes(scores)` when left out.
+        seeds: The original run's seed for a statement about that run; several for one about the expected outcome.
+        before: The measurements of the original run, where one seed is given and they are known.
+        cache: Folder in which every finished run's measurements are kept, so that a killed verification goes on.
+            Choose one for each `retrain`.
+        progress: Called with (runs done, runs in all, note).
+
+    Raises:
+        ValueError: The scores do not cover a change, or `retrain` returns other than one number a query.
+    """
+    planned = changes(scores) if planned is None else list(planned)
+    predicted = [change.predicted(scores) for change in planned]
+    n = scores.n_train or len(scores.train_ids)
+    runs = [(change, seed) for change in [None, *planned] for seed in seeds]
+    known = before if len(seeds) == 1 else None
+    measured: list[Tensor] = []
+    for done, (change, seed) in enumerate(runs):
+        name = "as it was" if change is None else change.name
+        if progress is not None:
+            progress(done, len(runs), f"retraining: {name}")
+        if change is None and known is not None:
+            measured.append(known.double())
+            continue
+        weights = torch.ones(n) if change is None else change.vector(n)
+        measured.append(_cached(cache, retrain, weights, seed, scores.query_ids))
+    if progress is not None:
+        progress(len(runs), len(runs), "retraining: done")
+    values = torch.stack(measured).view(1 + len(planned), len(seeds), -1)
+    outcomes = []
+    for change, guess, after in zip(planned, predicted, values[1:], strict=True):
+        moved = after - values[0]
+        half = None
+        if len(seeds) > 1:
+            half = student_quantile(0.975, dof=len(seeds) - 1) * moved.std(0) / len(seeds) ** 0.5
+        for q, query in enumerate(scores.query_ids):
+            actual = float(moved[:, q].mean())
+            outcomes.append(
+                Outcome(
+                    query_id=query,
+                    change=change.name,
+                    control=change.control,
+                    n_changed=len(change.weights),
+                    predicted=float(guess[q]),
+                    actual=actual,
+                    before=float(values[0][:, q].mean()),
+                    low=None if half is None else actual - float(half[q]),
+                    high=None if half is None else actual + float(half[q]),
+                )
+            )
+    return Verification(
+        outcomes=tuple(outcomes),
+        measurement=scores.measurement,
+        protocol="same run" if len(seeds) == 1 else f"mean over {len(seeds)} seeds",
+        facts={"seeds": list(seeds), "runs": len(runs) - (known is not None)},
+    )
+
+
+def _cached(
+    cache: str | Path | None, retrain: Retrain, weights: Tensor, seed: int, queries: list[str]
+) -> Tensor:
+    """One run's measurements, read where the same run was made before."""
+    digest = fingerprint_json([weights.tolist(), seed, queries])[:24]
+    place = None if cache is None else Path(cache) / f"{digest}.json"
+    if place is not None and place.is_file():
+        return torch.tensor(read_json(place)["measurements"], dtype=torch.float64)
+    found = retrain(weights, seed).detach().double().cpu()
+    if found.shape != (len(queries),):
+        raise ValueError(
+            f"retrain must return one number for each of {len(queries)} queries; got shape {tuple(found.shape)}."
+        )
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, {"measurements": found.tolist(), "seed": seed})
+    return found
