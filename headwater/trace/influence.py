@@ -31,7 +31,7 @@ from headwater.core.gradients import CollectGradients, Gradients
 from headwater.core.scores import Scores, significance
 from headwater.core.scoring import PairScores, ReplicateScores, SelfScores, TokenScores
 from headwater.core.target import Loss, Measured
-from headwater.core.task import Measurement
+from headwater.core.task import Measurement, measurement_name
 from headwater.numerics.linear_operator import conjugate_gradients
 from headwater.numerics.resampling import jackknife_interval
 from headwater.trace.base import Attributor
@@ -426,10 +426,3 @@ def refine(
             stacklevel=2,
         )
     return shape.from_matrix(solution.x), facts
-
-
-def measurement_name(measurement: Measurement) -> str:
-    """What a result calls a measurement."""
-    if isinstance(measurement, str):
-        return measurement
-    return getattr(measurement, "__name__", "custom")
