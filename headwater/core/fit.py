@@ -304,7 +304,7 @@ def fit(
     return made
 
 
-class _FitsAt(Sequence[Fit]):
+class FitsAt(Sequence):
     """Fits of one model with other weights, each made when it is asked for."""
 
     def __init__(self, fit: Fit, checkpoints: Sequence[Mapping[str, Tensor]]):
@@ -315,11 +315,11 @@ class _FitsAt(Sequence[Fit]):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return _FitsAt(self.fit, self.checkpoints[index])
+            return FitsAt(self.fit, self.checkpoints[index])
         return _fit_at(self.fit, self.checkpoints[index], index)
 
 
-def fits_at(fit: Fit, checkpoints: Sequence[Mapping[str, Tensor]]) -> Sequence[Fit]:
+def fits_at(fit: Fit, checkpoints: Sequence[Mapping[str, Tensor]]) -> FitsAt:
     """Fits of the same task and data with other weights: checkpoints of a run, or runs of other seeds.
 
     Their curvature is the identity, so they cost a copy of the model each, held only while it is in use.
@@ -332,7 +332,7 @@ def fits_at(fit: Fit, checkpoints: Sequence[Mapping[str, Tensor]]) -> Sequence[F
     Raises:
         ValueError: A checkpoint does not belong to the model; the message names what differs.
     """
-    return _FitsAt(fit, checkpoints)
+    return FitsAt(fit, checkpoints)
 
 
 def _fit_at(fit: Fit, checkpoint: Mapping[str, Tensor], number: int) -> Fit:
