@@ -14,6 +14,7 @@ from headwater.core.provenance import PAPERS, papers
 from headwater.core.scores import Scores
 from headwater.trace.base import Attributor
 from tests.curvature_cases import case
+from tests.method_cases import run
 
 ATTRIBUTORS = sorted(
     (
@@ -47,7 +48,7 @@ def test_documents_itself(method):
     assert text and text.splitlines()[0].endswith(".")
     for field in dataclasses.fields(method):
         assert f"{field.name}:" in text, f"{method.__name__} has no word on {field.name}"
-    assert module is not None and "arXiv:" in (module.__doc__ or "")
+    assert module is not None and method.paper in (module.__doc__ or "")
     assert inspect.getdoc(method.attribute)
 
 
@@ -56,7 +57,7 @@ def test_is_its_own_configuration(method):
     instance = method()
     assert dataclasses.is_dataclass(method) and method.__dataclass_params__.frozen
     assert instance == method() and hash(instance) == hash(method())
-    assert eval(repr(instance), {method.__name__: method}) == instance
+    assert eval(repr(instance), dict(vars(trace))) == instance
     assert json.loads(json.dumps(dataclasses.asdict(instance))) == dataclasses.asdict(instance)
     with pytest.raises(TypeError):
         method(1)  # keywords only
@@ -65,8 +66,10 @@ def test_is_its_own_configuration(method):
 @every
 @pytest.mark.parametrize("name", ["mlp", "lm"])
 def test_gives_scores_and_repeats_itself(method, name):
+    if method is trace.BM25 and name == "mlp":
+        pytest.skip("no text")
     fit, queries = fitted(name)
-    scores, again = (method().attribute(fit, queries) for _ in range(2))
+    scores, again = (run(method(), fit, queries) for _ in range(2))
     assert isinstance(scores, Scores) and scores.values.dtype == torch.float32
     assert scores.values.shape == (len(queries), len(fit.train)) and bool(
         scores.values.isfinite().all()
@@ -79,7 +82,7 @@ def test_gives_scores_and_repeats_itself(method, name):
 @every
 def test_saves_and_loads(method, tmp_path):
     fit, queries = fitted("lm")
-    scores = method().attribute(fit, queries)
+    scores = run(method(), fit, queries)
     scores.save(tmp_path / "scores")
     again = Scores.load(tmp_path / "scores")
     assert torch.equal(again.values, scores.values) and again.metadata == scores.metadata
@@ -89,11 +92,12 @@ def test_saves_and_loads(method, tmp_path):
 
 @every
 def test_cites(method):
-    fit, queries = fitted("mlp")
-    scores = method().attribute(fit, queries)
-    assert method.paper in papers(scores.facts)
+    fit, queries = fitted("lm")
+    scores = run(method(), fit, queries)
     assert set(papers(scores.facts)) <= set(PAPERS)
-    assert PAPERS[method.paper] in headwater.cite(scores)
+    if method.paper:
+        assert method.paper in papers(scores.facts)
+        assert PAPERS[method.paper] in headwater.cite(scores)
 
 
 def test_influence_cites_its_curvature_and_damping():

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from headwater.core.capture import BatchPlan, Progress, evaluation_mode, first_tensor
@@ -24,7 +24,7 @@ def evaluate(
     batches: Sequence[BatchPlan],
     progress: Progress | None = None,
     note: str = "forward",
-) -> Float[Tensor, "n ..."]:
+) -> Shaped[Tensor, "n ..."]:
     """A function of (model, batch), first axis the example, over all examples, in their order."""
     device = next(model.parameters()).device
     found: Tensor | None = None

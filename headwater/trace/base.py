@@ -33,6 +33,38 @@ def asked(fit: Fit, measurement: Measurement | None) -> Measurement:
     return fit.task.measurement_of if measurement is None else measurement
 
 
+def direction(fit: Fit, measurement: Measurement | None) -> float:
+    """What a like example is taken to do to a measurement: -1 for the loss, which it lowers, else 1."""
+    return -1.0 if measurement_name(asked(fit, measurement)) == "loss" else 1.0
+
+
+def members(fit: Fit, fits: Sequence[Fit] | None) -> Sequence[Fit]:
+    """The fits of several checkpoints or seeds, or the one fit.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if fits is None:
+        return [fit]
+    if not len(fits):
+        raise ValueError("Expected one fit or more in `fits`; got none.")
+    return fits
+
+
+def same_data(fit: Fit, other: Fit) -> Fit:
+    """The other fit, if it is one of the same training examples.
+
+    Raises:
+        ValueError: It has other examples.
+    """
+    if other.train.ids != fit.train.ids:
+        raise ValueError(
+            f"All fits must have the same training examples; one has {len(other.train)}, of other ids than the "
+            f"{len(fit.train)} of the first."
+        )
+    return other
+
+
 def to_scores(
     method: Attributor,
     fit: Fit,
