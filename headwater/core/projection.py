@@ -9,23 +9,25 @@ The matrices are random and made again from their seed, or orthonormal ones such
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwater.core.capture import Accumulator, Rows
+from headwater.core.capture import Accumulator, BatchPlan, Capture, Progress, Rows, sweep
+from headwater.core.examples import Examples
 from headwater.core.gradients import Block, Factored, Gradients
 from headwater.core.layers import Layer
+from headwater.core.target import Target
 from headwater.numerics import kronecker, noise
 from headwater.numerics.projection import Kind, project, random_matrix
 
 Sides = tuple[Tensor | None, Tensor | None]
 Transform = Callable[[Layer, Block], Block]
 TOGETHER = "all layers"
-_CHUNK = 1 << 24
+_CHUNK = 1 << 24  # numbers of whole gradients held at a time
 
 
 class Projection(ABC):
@@ -193,14 +195,19 @@ class ProjectGradients(Accumulator):
 
     def update(self, rows: Rows) -> None:
         wide = torch.promote_types(rows.a.dtype, torch.float32)
-        block: Block = Factored(rows.a, rows.g).to(wide)
-        if self.transform is not None:
-            block = self.transform(rows.layer, block)
-        part = self.projection(rows.layer, block).cpu()
+        block = Factored(rows.a, rows.g).to(wide)
+        part = self._project(rows.layer, block).cpu()
         name = TOGETHER if self.projection.together else rows.layer.name
         if name not in self._rows:
             self._rows[name] = part.new_zeros(self.n, part.shape[1])
         self._rows[name].index_add_(0, rows.batch.indices, part)
+
+    def _project(self, layer: Layer, block: Factored) -> Tensor:
+        if self.transform is None:
+            return self.projection(layer, block)
+        step = max(1, _CHUNK // layer.numel)  # a transformation may form whole gradients
+        parts = (self.transform(layer, block[s : s + step]) for s in range(0, len(block), step))
+        return torch.cat([self.projection(layer, part) for part in parts])
 
     def end_batch(self, batch) -> None:
         self.projection.clear()
@@ -216,8 +223,29 @@ class ProjectGradients(Accumulator):
         self._rows = dict(tensors)
 
     def finish(self) -> dict[str, Float[Tensor, "n k"]]:
-        """Rows of each layer, or of all layers together."""
-        return self._rows
+        """Rows of each layer, in the order of the layers, or of all layers together."""
+        if self.projection.together:
+            return self._rows
+        return {layer.name: self._rows[layer.name] for layer in self.layers}
+
+
+def project_examples(
+    capture: Capture,
+    examples: Examples,
+    projection: Projection,
+    target: Target,
+    *,
+    batches: Sequence[BatchPlan],
+    transform: Transform | None = None,
+    progress: Progress | None = None,
+    note: str = "projected gradients",
+) -> dict[str, Float[Tensor, "n k"]]:
+    """Projected gradients of a dataset, in one sweep: rows of each layer, or of all layers together."""
+    layers = capture.layers.values()
+    found = ProjectGradients(layers, projection, len(examples), transform=transform)
+    options = {"batches": batches, "progress": progress, "note": note}
+    sweep(capture, examples, [found], target, **options)
+    return found.finish()
 
 
 def project_gradients(

@@ -37,7 +37,7 @@ def test_a_large_rank_keeps_whole_gradients(name):
     fitted = shared(name).fitted(Identity())
     expected = autograd_rows(fitted, fitted.task.loss, fitted.train)
     found = rows_of(fitted, TwoSided(1000)).finish()
-    assert found.keys() == expected.keys()
+    assert list(found) == list(expected)  # the backward pass comes in another order
     for layer, rows in expected.items():
         torch.testing.assert_close(found[layer], rows)
 
