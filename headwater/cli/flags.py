@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 Command = TypeVar("Command")
-RUN, FINETUNE = "run.json", "finetune.json"  # the records of a run folder, and of a fine-tuned model
+RUN, FINETUNE = (
+    "run.json",
+    "finetune.json",
+)  # the records of a run folder, and of a fine-tuned model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from headwater.core.scores import Scores
 from headwater.core.scoring import Norms, PairScores
 from headwater.core.target import Loss
 from headwater.core.task import Measurement
-from headwater.trace.base import Attributor
-from headwater.trace.influence import measurement_name, query_gradients
+from headwater.trace.base import Attributor, to_scores
+from headwater.trace.influence import query_gradients
 
 
 def cosine(
@@ -58,20 +58,14 @@ class _Similarity(Attributor):
         sweep(fit.capture(), fit.train, gathered, Loss(), batches=batches, progress=progress)
         pairs, *norms = (each.finish() for each in gathered)  # type: ignore[attr-defined]
         values = cosine(-pairs, gradients.norms(), norms[0]) if self.normalize else -pairs
-        asked = fit.task.measurement_of if measurement is None else measurement
-        return Scores(
-            values=values.float(),
-            query_ids=examples.ids
-            if weights is None
-            else list(names or map(str, range(len(gradients)))),
-            train_ids=fit.train.ids,
-            measurement=measurement_name(asked),
-            metadata=fit.train.metadata,
-            facts={
-                "method": type(self).__name__,
-                "papers": [self.paper],
-                "made_from": fit.made_from,
-            },
+        return to_scores(
+            self,
+            fit,
+            examples,
+            values,
+            measurement=measurement,
+            weights=weights,
+            names=names,
         )
 
 

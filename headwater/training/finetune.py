@@ -259,7 +259,9 @@ class _Run:
         losses = CausalLM().loss(self.model, batch)
         n = int((batch["labels"][:, 1:] != IGNORE).sum())
         weights = self.options.get("weights", {})
-        total = losses * losses.new_tensor([weights.get(self.examples.ids[i], 1.0) for i in indices])
+        total = losses * losses.new_tensor(
+            [weights.get(self.examples.ids[i], 1.0) for i in indices]
+        )
         return total.sum(), losses.sum().item() / n
 
     def _not_finite(self, step: int, indices: Sequence[int], lr: float) -> str:

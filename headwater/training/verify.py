@@ -55,7 +55,7 @@ class Change:
         missing = [n for n in self.weights if n not in column]
         if missing:
             raise ValueError(
-                f"The scores of training example {missing[0]} were not kept; score with keep=None to verify {self.name!r}."
+                f"Training example {missing[0]} has no score; score with keep=None to verify {self.name!r}."
             )
         chosen = [column[n] for n in self.weights]
         moved = torch.tensor(list(self.weights.values()), dtype=torch.float64) - 1
