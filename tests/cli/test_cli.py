@@ -101,6 +101,72 @@ def test_a_contrast_is_the_difference_of_two_traces(run):
     assert all(abs(why[i] - (both[0][i] - both[1][i])) < 1e-4 for i in why)
 
 
+@pytest.fixture(scope="module")
+def tuned(place):
+    """A run folder of a model that was fine-tuned here, with a trace of two completions."""
+    model, train, out = place / "adapted", place / "train.jsonl", place / "adapted run"
+    words = ["--lora-rank", "2", "--epochs", "6", "--lr", "0.02", "--batch-tokens", "16"]
+    assert main(["finetune", str(place / "model"), str(train), "--out", str(model), *words]) == 0
+    assert main(["fit", str(model), str(train), "--out", str(out), "--curvature", "ekfac"]) == 0
+    texts = list(WORDS)
+    asked = ["--prompt", texts[0], "--prompt", texts[3], "--max-new-tokens", "2"]
+    assert main(["trace", str(out), *asked]) == 0
+    return out
+
+
+def test_verify_retrains_without_the_named_examples(tuned, capsys):
+    capsys.readouterr()
+    assert main(["verify", str(tuned), "--top", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["protocol"] == "same run" and found["facts"]["runs"] == 3
+    outcomes = found["outcomes"]
+    assert len(outcomes) == 6 and {o["control"] for o in outcomes} == {True, False}
+    assert all(o["actual"] != 0 for o in outcomes)
+    first = [o for o in outcomes if o["query_id"] == outcomes[0]["query_id"]]
+    assert first[0]["predicted"] == pytest.approx(-first[2]["predicted"])  # left out, and twice
+    assert first[0]["predicted"] < 0 and len({o["n_changed"] for o in outcomes}) == 1
+    answer = Evidence.load(tuned / "traces" / "trace").answers[0]
+    # bfloat16 or not, the model is the one that was traced
+    assert first[0]["before"] == pytest.approx(answer.value, abs=1e-4)
+    assert not list((tuned / "verify" / "trace" / "runs").glob("*"))
+
+
+def test_a_finished_verification_is_read_and_a_killed_one_goes_on(tuned, capsys, monkeypatch):
+    from headwater.training import finetune
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    main(["verify", str(tuned), "--top", "2", "--json"])
+    monkeypatch.setattr(finetune, "finetune", refuse)
+    capsys.readouterr()
+    assert main(["verify", str(tuned), "--top", "2"]) == 0
+    assert "without the top" in capsys.readouterr().out
+    for file in (tuned / "verify" / "trace").glob("*.json"):
+        file.unlink()  # the runs' measurements are kept
+    assert main(["verify", str(tuned), "--top", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--query", "3"], "2 completions; --query 3"),
+        (["--top", "0"], "--top must be at least 1"),
+        (["--name", "other"], "no trace 'other'"),
+        (["--top", "9"], "too few to choose"),
+    ],
+)
+def test_verify_refuses_what_cannot_be_asked(tuned, words, said, capsys):
+    assert main(["verify", str(tuned), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_verify_needs_a_run_that_it_can_repeat(run, capsys):
+    ask(run, "--name", "kept")
+    assert main(["verify", str(run), "--name", "kept"]) == 2
+    assert "only runs of `headwater finetune` can be repeated" in capsys.readouterr().err
+
+
 def test_json_is_for_machines(run, capsys):
     capsys.readouterr()
     assert ask(run, "--json", "--name", "machine") == 0

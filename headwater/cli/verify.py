@@ -1,0 +1,215 @@
+"""`headwater verify`: repeat the fine-tuning without the named examples, and see whether the scores were right."""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from headwater.cli.common import (
+    emit_json,
+    progress_bar,
+    read_examples,
+    run_session,
+    say,
+    trace_name,
+)
+from headwater.cli.flags import FINETUNE, RUN, parse, require, restore
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from headwater.cli.trace import Trace
+    from headwater.training.verify import Verification
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Repeat the fine-tuning without a trace's top examples, without as many at random, and with the top ones twice.
+
+    What the scores predicted for each completion is shown beside what then happened, in nats. The runs differ from
+    the original in the weights of those examples alone: same seed, same order. Finished runs are kept.
+
+    Example: headwater verify runs/mine --top 10
+
+    Args:
+        run: The run folder of `headwater fit`, of a model made by `headwater finetune`.
+        name: Name of the trace; the only one there is, when left out.
+        top: Examples of each completion that are left out.
+        query: Numbers of the completions to ask about, from 1; all when left out, with one run for their union.
+        seeds: Repeats with other seeds: several make a statement about the expected outcome, not about this run.
+        random_seed: Seed of the random choice.
+        json: Print the result as JSON.
+    """
+
+    run: tyro.conf.Positional[Path]
+    name: str | None = None
+    top: int = 10
+    query: tuple[int, ...] = ()
+    seeds: int = 1
+    random_seed: int = 0
+    json: bool = False
+
+    def check(self) -> None:
+        """Refuse what no run can be made with."""
+        require("--top", self.top, "at least 1", self.top >= 1)
+        require("--seeds", self.seeds, "at least 1", self.seeds >= 1)
+        require("--query", self.query, "1 or more", all(q >= 1 for q in self.query))
+
+
+def run(words: list[str]) -> int:
+    command = parse(Verify, words, prog="verify")
+    found = verify(command, quiet=command.json)
+    if command.json:
+        emit_json(asdict(found))
+        return 0
+    from headwater.report.verification import show
+
+    show(found)
+    return 0
+
+
+def verify(command: Verify, *, quiet: bool = False) -> "Verification":
+    """Retrain as the command says, save what was found, and return it; a finished verification is read."""
+    from headwater.cli.trace import InfluenceFlags, Trace
+    from headwater.core.evidence import Evidence
+    from headwater.core.files import read_json
+    from headwater.core.fingerprint import fingerprint_json
+    from headwater.training.verify import Verification
+
+    name = trace_name(command.run, command.name)
+    if name is None:
+        raise ValueError(
+            f"{command.run} holds no trace to verify; ask one with `headwater trace {command.run} --prompt …`."
+        )
+    record = read_json(command.run / RUN)
+    tuning = _tuning(Path(record["fit"]["model"]))
+    evidence = Evidence.load(command.run / "traces" / name)
+    asked = record["traces"][name]
+    asked["method"] = restore(InfluenceFlags, asked["method"])
+    said = tuple(answer.completion for answer in evidence.answers)
+    question = restore(Trace, asked | {"run": str(command.run)})
+    if question.queries is None:  # what the model completed then, not what it would now
+        question = replace(question, completion=said)
+    wrong = [q for q in command.query if q > len(said)]
+    if wrong:
+        raise ValueError(
+            f"The trace has {len(said)} completions; --query {wrong[0]} is none of them."
+        )
+    folder = command.run / "verify" / name
+    options = {k: v for k, v in asdict(command).items() if k not in ("run", "name", "json")}
+    made = fingerprint_json([options, tuning, evidence.facts.get("question"), list(said)])
+    place = folder / f"{made[:16]}.json"
+    if place.is_file():
+        say(f"  read from {place}")
+        return Verification.load(place)
+    found = _verify(command, question, tuning, folder, quiet=quiet)
+    found.save(place)
+    say(f"  saved in {place}")
+    return found
+
+
+def _tuning(model: Path) -> dict[str, Any]:
+    """The record of the fine-tuning that made a model."""
+    from headwater.core.files import read_json
+
+    if not (model / FINETUNE).is_file():
+        raise FileNotFoundError(
+            f"{model} has no {FINETUNE}: only runs of `headwater finetune` can be repeated here. Run it again with the "
+            "same options (a finished run is found, not repeated), or verify from Python with "
+            "headwater.training.verify.verify and your own training."
+        )
+    return read_json(model / FINETUNE)
+
+
+def _verify(
+    command: Verify, question: "Trace", tuning: dict[str, Any], folder: Path, *, quiet: bool
+) -> "Verification":
+    import torch
+
+    from headwater.cli.finetune import Finetune
+    from headwater.cli.flags import DataFlags
+    from headwater.cli.trace import traced_queries
+    from headwater.core.fingerprint import fingerprint_json
+    from headwater.core.fit import load
+    from headwater.core.task import CausalLM
+    from headwater.models.language import load_language_model
+    from headwater.trace.influence import Influence
+    from headwater.training.finetune import finetune
+    from headwater.training.verify import changes, verify
+
+    session, _ = run_session(command.run)
+    again = restore(Finetune, tuning | {"columns": restore(DataFlags, tuning["columns"])})
+    base = load_language_model(again.model, dtype=again.dtype, base=again.base)
+    examples = read_examples(again.data, again.columns, base)
+    if examples.ids != session.train.ids:
+        raise ValueError(
+            f"{again.model} was fine-tuned on {again.data}, and the fit was made on other examples; fit on the data "
+            "the model was trained on."
+        )
+    fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
+    queries = traced_queries(question, session)
+    n = len(queries) // 2 if question.rather_than else len(queries)
+    weights = torch.cat([torch.eye(n), -torch.eye(n)], 1) if question.rather_than else None
+    method = Influence(**asdict(question.method), n_intervals=0)
+    measurement = question.measurement
+
+    def measured(model: "nn.Module") -> "Tensor":
+        values = _measured(model, queries, measurement)
+        return values if weights is None else weights.to(values) @ values
+
+    def retrain(new: "Tensor", seed: int) -> "Tensor":
+        changed = {examples.ids[i]: float(new[i]) for i in (new != 1).nonzero()[:, 0].tolist()}
+        out = folder / "runs" / fingerprint_json([changed, seed])[:16]
+        done = finetune(
+            base,
+            examples,
+            out=out,
+            lora_rank=again.lora_rank,
+            layers_from=again.layers_from,
+            epochs=again.epochs,
+            lr=again.lr,
+            weight_decay=again.weight_decay,
+            batch_tokens=again.batch_tokens,
+            seed=seed,
+            weights=changed,
+            progress=bar,
+        )
+        values = measured(done.language.model)
+        shutil.rmtree(out)
+        return values
+
+    with progress_bar(quiet=quiet) as bar:
+        scores = method.attribute(
+            fitted,
+            queries,
+            measurement=measurement,
+            weights=weights,
+            names=queries.ids[:n],
+            progress=bar,
+        )
+        chosen = [q - 1 for q in command.query] or None
+        planned = changes(scores, k=command.top, queries=chosen, seed=command.random_seed)
+        seeds = [again.seed + i for i in range(command.seeds)]
+        before = measured(session.language.model) if command.seeds == 1 else None
+        made = fingerprint_json([tuning, measurement, queries.fingerprint(), n])
+        return verify(
+            retrain,
+            scores,
+            planned,
+            seeds=seeds,
+            before=before,
+            cache=folder / "measured" / made[:16],
+            progress=bar,
+        )
+
+
+def _measured(model: "nn.Module", queries: Any, measurement: str) -> "Tensor":
+    """The measurement of every query."""
+    from headwater.core.capture import plan_batches
+    from headwater.core.forward import evaluate
+    from headwater.core.task import CausalLM
+
+    task = CausalLM(measurement_of=measurement)
+    return evaluate(model, queries, task.measurement, batches=plan_batches(queries))
