@@ -46,3 +46,10 @@ def test_commands_in_the_documentation_exist():
     text = "\n".join(p.read_text(encoding="utf-8") for p in PAGES)
     named = set(re.findall(r"^headwater ([a-z]+)", text, re.M))
     assert named and named <= set(COMMANDS)
+
+
+def test_snippets_are_marked_as_the_documentation_tool_reads_them():
+    text = "\n".join(p.read_text(encoding="utf-8") for p in PAGES)
+    lines = [line for line in text.splitlines() if "--8" in line]
+    found = [re.fullmatch(r'--8<-- "([^"]+)"', line) for line in lines]
+    assert found and all(m and (ROOT / m.group(1)).is_file() for m in found)
