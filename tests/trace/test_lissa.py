@@ -20,7 +20,7 @@ def test_lissa_over_all_data_converges_to_the_damped_inverse(name):
     expected = influence(fitted, found.query, damped_inverse(dense_gauss_newton(fitted), 0.3))
     method = LiSSA(damping=0.3, steps=150, n_samples=None, tolerance=1e-4)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         scores = method.attribute(fitted, found.query)
     torch.testing.assert_close(scores.values.double(), expected, rtol=1e-3, atol=1e-5)
     assert scores.facts["residual"] < 1e-4

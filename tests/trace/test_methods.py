@@ -16,7 +16,10 @@ METHODS = sorted(
     (
         c
         for c in vars(trace).values()
-        if inspect.isclass(c) and issubclass(c, Attributor) and c is not Attributor
+        if inspect.isclass(c)
+        and issubclass(c, Attributor)
+        and c is not Attributor
+        and "trajectory" not in inspect.signature(c.attribute).parameters  # reads a recorded run
     ),
     key=lambda c: c.__name__,
 )
