@@ -7,13 +7,13 @@ import torch
 
 from headwater.core.curvature import Identity
 from headwater.trace import LiSSA
-from tests.curvature_cases import EVERY, dense_gauss_newton, shared
+from tests.curvature_cases import dense_gauss_newton, shared
 from tests.method_cases import damped_inverse, influence
 
 RHO = 0.05
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["mlp", "conv", "lm"])
 def test_lissa_over_all_data_converges_to_the_damped_inverse(name):
     found = shared(name)
     fitted = found.fitted(Identity())
@@ -50,5 +50,5 @@ def test_lissa_refuses_to_diverge_and_warns_of_a_series_cut_short():
 def test_lissa_raises_its_own_scale_where_single_examples_are_stiffer():
     found = shared("mlp")
     fitted = found.fitted(Identity())
-    method = LiSSA(damping=RHO, steps=200, n_samples=1, tolerance=1e9)
+    method = LiSSA(damping=RHO, steps=40, n_samples=1, tolerance=1e9)
     assert bool(method.attribute(fitted, found.query).values.isfinite().all())
