@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+from torch.func import functional_call
 
 from headwater.core.examples import Examples
 from headwater.core.fit import Fit
 from headwater.core.scores import Scores
-from headwater.trace import LESS, TRAK, LiSSA
+from headwater.trace import LESS, TRAK, Arnoldi, LiSSA
 from headwater.trace.base import Attributor
+from tests.curvature_cases import loss_gradients
 
 
 def moments_like(fit: Fit, scale: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
@@ -25,8 +27,40 @@ def run(method: Attributor, fit: Fit, queries: Examples, **options: Any) -> Scor
     """Scores of a method, given what it cannot do without."""
     if method == TRAK():  # the cases have hardly more examples than layers
         method = TRAK(ridge=0.1)
-    if method == LiSSA():  # its default is for larger models
+    if method == LiSSA():  # these defaults are for larger models
         method = LiSSA(steps=6, n_samples=3, tolerance=9.0)
+    if method == Arnoldi():
+        method = Arnoldi(steps=12, rank=5)
     if isinstance(method, LESS):
         options = {"moments": [moments_like(fit, 0.01)]} | options
     return method.attribute(fit, queries, **options)  # type: ignore[call-arg]
+
+
+def influence(fitted, queries, inverse):
+    """Scores under a dense inverse, from gradients by autograd."""
+    return (
+        -loss_gradients(fitted, queries) @ inverse @ loss_gradients(fitted).mT / len(fitted.train)
+    )
+
+
+def damped_inverse(matrix, rho):
+    return torch.linalg.inv(matrix + rho * torch.eye(len(matrix)).double())
+
+
+def dense_hessian(fitted):
+    """The Hessian of a classifier's mean loss, over the followed layers side by side."""
+    named = {n: p.detach() for n, p in fitted.model.named_parameters()}
+    layers, batch = list(fitted.followed), fitted.train.batch(range(len(fitted.train)))
+
+    def loss(flat):
+        values, start = {}, 0
+        for layer in layers:
+            part = flat[start : start + layer.numel].reshape(1, *layer.block)
+            values |= {n: v[0] for n, v in layer.to_parameters(part).items()}
+            start += layer.numel
+        logits = functional_call(fitted.model, values, (batch[0],))
+        return torch.nn.functional.cross_entropy(logits, batch[1])
+
+    start = {n: p[None] for n, p in named.items()}
+    flat = torch.cat([layer.from_parameters(start).flatten() for layer in layers])
+    return torch.autograd.functional.hessian(loss, flat)  # reverse over reverse

@@ -78,7 +78,8 @@ class TwoSided(Projection):
         for name, pair in {"rank": (rank, rank), **(ranks or {})}.items():
             if min(pair) < 1:
                 raise ValueError(f"A projection keeps 1 or more numbers a side; {name} is {pair}.")
-        self.rank, self.ranks, self.seed, self.kind = rank, dict(ranks or {}), seed, kind
+        self.rank, self.ranks, self.seed = rank, dict(ranks or {}), seed
+        self.kind: Kind = kind
         self.given = dict(sides or {})
         self._made: dict[tuple[str, int, int, int], Tensor] = {}
         self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
@@ -149,7 +150,8 @@ class Joint(Projection):
     def __init__(self, dim: int, *, seed: int = 0, kind: Kind = "rademacher"):
         if dim < 1:
             raise ValueError(f"A projection keeps 1 or more numbers; dim is {dim}.")
-        self.dim, self.seed, self.kind = dim, seed, kind
+        self.dim, self.seed = dim, seed
+        self.kind: Kind = kind
 
     def width(self, layer: Layer) -> int:
         return self.dim
@@ -166,8 +168,14 @@ class Joint(Projection):
                 part = kronecker.gradient(block.a, block.g[..., rows])
             else:
                 part = block[:, rows]
-            options = {"seed": self.seed, "key": key, "kind": self.kind, "start": start * inside}
-            total = total + project(part.flatten(1), self.dim, **options)
+            total = total + project(
+                part.flatten(1),
+                self.dim,
+                seed=self.seed,
+                key=key,
+                kind=self.kind,
+                start=start * inside,
+            )
         return total  # type: ignore[return-value]
 
 

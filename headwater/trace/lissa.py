@@ -41,7 +41,8 @@ class LiSSA(Attributor):
         damping: A number (absolute), "0.1 relative" (to the mean eigenvalue of the fit's curvature), "weight_decay", or
             "auto".
         steps: Terms of the series. It needs several times s / ρ to converge.
-        scale: s. None takes 1.1 times the largest eigenvalue, twice that as often as the series diverges.
+        scale: s. None takes 1.1 times the largest eigenvalue, doubled until the series ends nearer to the solution than
+            zero is: samples are stiffer than the whole.
         n_samples: Examples drawn for each term; None takes all.
         repeats: Series that are averaged.
         tolerance: Relative residual of the whole system above which a warning is given.
@@ -113,27 +114,24 @@ class LiSSA(Attributor):
             return lambda x: product(v.from_matrix(x)).to_matrix() + rho * x
 
         whole = damped(fit.train)
+        norms = b.norm(dim=1).clamp(min=torch.finfo(b.dtype).tiny)
         scale = self.scale or 1.1 * _largest(whole, b, self.seed)
-        for _ in range(_DOUBLINGS):
+        for left in reversed(range(_DOUBLINGS if self.scale is None else 1)):
             found = [
                 neumann_series(self._terms(fit, damped, whole, repeat, progress), b, scale=scale)
                 for repeat in range(self.repeats)
             ]
-            if not any(each.diverged for each in found):
+            diverged = any(each.diverged for each in found)
+            x = torch.stack([each.x for each in found]).mean(0)
+            residual = float(((whole(x) - b).norm(dim=1) / norms).max())
+            if not diverged and residual <= 1:  # zero has a residual of one
                 break
-            if self.scale is not None:
-                raise FloatingPointError(
-                    f"LiSSA diverges under scale={self.scale:.3g}: it must lie above the largest eigenvalue of every "
-                    "sample's curvature. Raise it, leave it out, or draw more samples."
-                )
-            scale *= 2
-        else:
+            scale = scale * 2 if left else scale
+        if diverged:
             raise FloatingPointError(
-                f"LiSSA diverges even under a scale of {scale:.3g}; look for a diverged model."
+                f"LiSSA diverges under scale={scale:.3g}: it must lie above the largest eigenvalue of every sample's "
+                "curvature. Raise it, or draw more samples; where nothing helps, look for a diverged model."
             )
-        x = torch.stack([each.x for each in found]).mean(0)
-        scale_of_b = b.norm(dim=1).clamp(min=torch.finfo(b.dtype).tiny)
-        residual = float(((whole(x) - b).norm(dim=1) / scale_of_b).max())
         if residual > self.tolerance:
             warnings.warn(
                 f"LiSSA stopped after {self.steps} terms with a relative residual of {residual:.2g} (asked: "

@@ -128,13 +128,13 @@ def test_inner_products_are_kept_on_average_over_seeds():
     exact = whole @ whole.mT
     for make in (lambda s: TwoSided(3, seed=s), lambda s: Joint(16, seed=s)):
         grams = []
-        for seed in range(60):
+        for seed in range(30):
             rows = torch.cat(list(rows_of(fitted, make(seed)).finish().values()), dim=1)
             grams.append(rows @ rows.mT)
         grams = torch.stack(grams)
-        error, spread = grams.mean(0) - exact, grams.std(0) / 60**0.5
+        error, spread = grams.mean(0) - exact, grams.std(0) / 30**0.5
         assert float(error.norm()) < 2.5 * float(spread.norm())  # entries are correlated
-        assert float(error.norm()) < 0.2 * float(exact.norm())
+        assert float(error.norm()) < 0.3 * float(exact.norm())
 
 
 def test_empty_projections_are_refused():
