@@ -159,7 +159,8 @@ class Tangent:
 
     def norms(self) -> Tensor:
         """Norm over all parameters, for each along the axis in front."""
-        return sum(v.flatten(1).double().square().sum(1) for v in self.parameters.values()).sqrt()
+        squares = [v.flatten(1).double().square().sum(1) for v in self.parameters.values()]
+        return torch.stack(squares).sum(0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class _Step:
     def update(
         self, parameters: Parameters, moments: dict[str, Parameters], gradients: Parameters
     ) -> tuple[Parameters, dict[str, Parameters]]:
-        count = self.k - self.run.trajectory.stages[self.run._stage_of[self.k]].start
+        count = self.k - self.run.stage(self.k).start
         state = State(parameters, OptimizerState(count, moments))
         after = self.run.update(self.k, state, gradients)
         return after.parameters, after.optimizer.moments
@@ -199,8 +200,8 @@ def step_back(
     """
     step = _Step(run, k, run.batch(k))
     (theta, moments), ones = _own_moments(run, k, state), _ones(run, k, state, step.batch)
-    gradients, pull_gradient = vjp(step.gradient, theta, ones)
-    _, pull_update = vjp(step.update, theta, moments, gradients)
+    gradients, pull_gradient = vjp(step.gradient, theta, ones)[:2]
+    pull_update = vjp(step.update, theta, moments, gradients)[1]
 
     def one(after: tuple) -> tuple[Parameters, dict[str, Parameters], Tensor]:
         direct, memory, in_gradient = pull_update(after)
@@ -390,7 +391,7 @@ def metasmoothness(run: Run, *, h: float = 0.1, seed: int = 0) -> float:
 
 def _measured(measure: Measure, last: State) -> Tangent:
     """The adjoint after the last step: the gradient of every query's measurement."""
-    values, pull = vjp(measure, last.parameters)
+    values, pull = vjp(measure, last.parameters)[:2]
     if values.ndim != 1:
         raise ValueError(
             f"Expected one number a query from the measurement; got shape {tuple(values.shape)}."

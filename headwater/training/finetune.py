@@ -26,6 +26,7 @@ from headwater.core.prediction import IGNORE
 from headwater.core.task import CausalLM
 from headwater.extras import require
 from headwater.models.language import LanguageModel, load_language_model, quiet
+from headwater.training.optimizers import learning_rate
 from headwater.training.trajectory import FILE, Trajectory
 
 Progress = Callable[[int, int, str], None]
@@ -202,7 +203,16 @@ class _Run:
             )
         ]
         per_epoch = len(order) // epochs
-        rates = [_rate(step, len(order), self.options) for step in range(len(order))]
+        rates = [
+            learning_rate(
+                step,
+                len(order),
+                lr=self.options["lr"],
+                schedule="linear",
+                warmup=self.options["warmup"],
+            )
+            for step in range(len(order))
+        ]
         scale = _scored(self.examples) / per_epoch
         losses, saved_at, cost = self._resume(parameters, optimizer), time.monotonic(), 0.0
         for step in range(len(losses), len(order)):
@@ -246,6 +256,7 @@ class _Run:
             weight_decay=self.options["weight_decay"],
             betas=list(BETAS),
             batches=[[self.examples.ids[i] for i in batch] for batch in order],
+            normalizers=[scale] * len(order),
             losses=losses,
             seed=seed,
             trained=list(parameters),
@@ -328,11 +339,6 @@ def batches(examples: Examples, *, tokens: int, seed: int, epoch: int) -> Iterat
         else:
             cut.append([i])
     yield from (cut[k] for k in torch.randperm(len(cut), generator=generator).tolist())
-
-
-def _rate(step: int, steps: int, options: dict[str, Any]) -> float:
-    rising = min(1.0, (step + 1) / (options["warmup"] + 1))
-    return options["lr"] * rising * (1 - step / steps)
 
 
 def _scored(examples: Examples) -> int:

@@ -117,9 +117,13 @@ class Run:
         """The optimizer of step k."""
         return self.rules[self._stage_of[k]]
 
+    def stage(self, k: int) -> StageRecord:
+        """The stage of step k."""
+        return self.trajectory.stages[self._stage_of[k]]
+
     def begins_stage(self, k: int) -> bool:
         """Whether the optimizer starts afresh at step k."""
-        return k == self.trajectory.stages[self._stage_of[k]].start
+        return k == self.stage(k).start
 
     @cached_property
     def device(self) -> torch.device:
@@ -271,7 +275,7 @@ def train_model(
                     f"The loss of step {done} is {loss}; lower lr (now {plan.lr[k]:.3g})."
                 )
             if run.begins_stage(k):
-                writer.stage(plan.stages[run._stage_of[k]])
+                writer.stage(run.stage(k))
             writer.step(plan.batches[k], plan.lr[k], loss, plan.normalizers[k])
             if done in keep and folder is not None:
                 moments = state.optimizer.moments if keep_optimizer else None

@@ -295,6 +295,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the process table")
 def test_a_pool_that_is_killed_leaves_no_workers_and_loses_only_the_runs_at_hand(tmp_path):
     script = tmp_path / "fill.py"
     script.write_text(FILLING.format(folder=str(tmp_path / "bank")))
