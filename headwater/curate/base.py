@@ -10,15 +10,16 @@ Every estimator is used alike:
 and `descend` does so until θ is learned.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.func import grad
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call, grad
 
 Tensors = dict[str, Tensor]  # a state or meta-parameters: tensors by name
 Loss = Callable[[Tensors, Tensors, Any, int], Tensor]  # state, meta, batch, t -> one number
@@ -33,6 +34,48 @@ def unpack(vector: Float[Tensor, " dim"], like: Tensors) -> Tensors:
     """A vector's parts under the names and shapes of `like`."""
     parts = vector.split([t.numel() for t in like.values()])
     return {name: part.reshape(like[name].shape) for name, part in zip(like, parts, strict=True)}
+
+
+def problem_seed(seed: int, problem: int) -> int:
+    """The seed of the data and initial weights of an estimator's inner problem, by its number."""
+    return seed * 1_000_003 + problem
+
+
+def functional_model(
+    make: Callable[[int], nn.Module],
+) -> tuple[Callable[[int], Tensors], Callable[[Tensors, Tensor], Tensor]]:
+    """A model as pure functions: a seed to initial weights, and (weights, inputs) to outputs.
+
+    Raises:
+        ValueError: The model has buffers (running statistics), which a pure step cannot keep.
+    """
+    skeleton = make(0)
+    if next(skeleton.buffers(), None) is not None:
+        raise ValueError(
+            f"{type(skeleton).__name__} has buffers, which would carry data from one loss into the "
+            "other; use a model without running statistics."
+        )
+
+    def init(seed: int) -> Tensors:
+        return {name: p.detach() for name, p in make(seed).named_parameters()}
+
+    def outputs(weights: Tensors, x: Tensor) -> Tensor:
+        return functional_call(skeleton, weights, (x,))
+
+    return init, outputs
+
+
+def minibatch(n: int, size: int, seed: int, t: int) -> Int[Tensor, " batch"]:
+    """Which of n examples step t sees: every epoch in an order of its own, the odd rest left out.
+
+    Example:
+        >>> sorted(torch.cat([minibatch(6, 2, 0, t) for t in range(3)]).tolist())
+        [0, 1, 2, 3, 4, 5]
+    """
+    size = min(size, n)
+    epoch, number = divmod(t, n // size)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
+    return order[number * size : (number + 1) * size]
 
 
 def _no_batch(seed: int, t: int) -> None:
@@ -70,31 +113,31 @@ class InnerProblem:
         if self.horizon < 1:
             raise ValueError(f"horizon must be 1 step or more; got {self.horizon}.")
 
+    def batches(self, seed: int, start: int, steps: int) -> list[Any]:
+        """The data of some steps, drawn before they are taken (nothing is drawn inside a vmap)."""
+        return [self.batch(seed, t) for t in range(start, start + steps)]
+
     def unroll(
-        self, state: Tensors, meta: Tensors, *, seed: int, start: int, steps: int
+        self, state: Tensors, meta: Tensors, batches: Sequence[Any], *, start: int
     ) -> tuple[Tensors, Tensor]:
-        """Take steps, and say what they lost.
+        """Take one step for each batch, and say what they lost.
 
         Returns:
             The state, and the sum of the outer losses after each step ("mean") or the one after
             the last step ("final").
         """
-        loss = next(iter(meta.values())).new_zeros(())
-        for t in range(start, start + steps):
-            batch = self.batch(seed, t)
+        loss, end = next(iter(meta.values())).new_zeros(()), start + len(batches)
+        for t, batch in enumerate(batches, start):
             state = self.step(state, meta, batch, t)
-            if self.objective == "mean":
+            if self.objective == "mean" or t == end - 1:
                 loss = loss + self.outer(state, meta, batch, t)
-            elif t == start + steps - 1:
-                loss = self.outer(state, meta, batch, t)
         return state, loss
 
     def retrain(self, meta: Tensors, *, seed: int = 0) -> tuple[Tensors, float]:
         """Train from scratch at fixed meta-parameters: the last state, and the objective."""
         with torch.no_grad():
-            state, loss = self.unroll(
-                self.init(seed), meta, seed=seed, start=0, steps=self.horizon
-            )
+            batches = self.batches(seed, 0, self.horizon)
+            state, loss = self.unroll(self.init(seed), meta, batches, start=0)
         return state, loss.item() / (self.horizon if self.objective == "mean" else 1)
 
 
@@ -173,7 +216,17 @@ class HyperGradient(ABC):
         for _ in range(problem.horizon // span):
             state, info = self.step(problem, state, meta)
             infos.append(info)
+        _warn_if_dead([float(pack(i.gradient).norm()) for i in infos])
         return mean_info(infos)
+
+
+def _warn_if_dead(norms: Sequence[float]) -> None:
+    if not any(norms):
+        warnings.warn(
+            "Every meta-gradient was zero: the meta-parameters do not reach the outer loss (or, for "
+            "evolution strategies, sigma is too small to change it).",
+            stacklevel=3,
+        )
 
 
 def mean_info(infos: Sequence[Info]) -> Info:
@@ -285,6 +338,7 @@ def descend(
         raise ValueError(f"steps must be 1 or more; got {steps}.")
     for t in current.values():
         t.grad = None
+    _warn_if_dead(norms)
     facts = {"method": type(method).__name__, "papers": [method.paper], **info.facts}
     return Learned(
         meta=current,

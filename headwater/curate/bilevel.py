@@ -21,7 +21,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
-from headwater.curate.base import HyperGradient, Info, InnerProblem, Tensors, pack, unpack
+from headwater.curate.base import (
+    HyperGradient,
+    Info,
+    InnerProblem,
+    Tensors,
+    pack,
+    problem_seed,
+    unpack,
+)
 from headwater.numerics import noise
 from headwater.numerics.linear_operator import (
     Operator,
@@ -191,7 +199,7 @@ class _Bilevel(HyperGradient):
 
     def init(self, problem: InnerProblem, meta: Tensors, *, seed: int = 0) -> Training:
         """A fresh inner state."""
-        return Training(problem.init(seed), 0, 1, seed)
+        return Training(problem.init(problem_seed(seed, 0)), 0, 1, seed)
 
     def _begin(self, problem: InnerProblem, training: Training) -> Training:
         """Where the next inner steps set out: from scratch, or from where the last ones ended."""
@@ -199,15 +207,13 @@ class _Bilevel(HyperGradient):
         if training.t == 0 or not (self.start == "cold" or over):
             return training
         number = training.problems if self.sample_init or over else 0
-        return Training(
-            problem.init(training.seed + number), 0, training.problems + 1, training.seed
-        )
+        fresh = problem.init(problem_seed(training.seed, number))
+        return Training(fresh, 0, training.problems + 1, training.seed)
 
     def _seed(self, training: Training) -> int:
         """The seed of the data: that of the present inner problem."""
-        if self.start == "cold" and not self.sample_init:
-            return training.seed
-        return training.seed + training.problems - 1
+        same = self.start == "cold" and not self.sample_init
+        return problem_seed(training.seed, 0 if same else training.problems - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,11 +258,10 @@ class Implicit(_Bilevel):
             )
         training, steps = self._begin(problem, state), self.span(problem)
         seed, last = self._seed(training), training.t + steps - 1
+        batches = problem.batches(seed, training.t, steps)
         with torch.no_grad():
-            weights, _ = problem.unroll(
-                training.state, meta, seed=seed, start=training.t, steps=steps
-            )
-        batch, inner = problem.batch(seed, last), problem.inner
+            weights, _ = problem.unroll(training.state, meta, batches, start=training.t)
+        batch, inner = batches[-1], problem.inner
         found = implicit_gradient(
             lambda w, u: inner(w, u, batch, last),
             lambda w, u: problem.outer(w, u, batch, last),
@@ -313,19 +318,14 @@ class Unrolled(_Bilevel):
         """Train, and differentiate the loss of the last steps (the last one, or their mean)."""
         training, steps = self._begin(problem, state), self.span(problem)
         followed = steps if self.truncation is None else min(self.truncation, steps)
-        free, seed = steps - followed, self._seed(training)
-        weights = training.state
-        if free:
-            with torch.no_grad():
-                weights, _ = problem.unroll(
-                    weights, meta, seed=seed, start=training.t, steps=free
-                )
+        free, weights = steps - followed, training.state
+        batches = problem.batches(self._seed(training), training.t, steps)
+        with torch.no_grad():
+            weights, _ = problem.unroll(weights, meta, batches[:free], start=training.t)
         scale = followed if problem.objective == "mean" else 1
 
         def loss(u: Tensors) -> tuple[Tensor, Tensors]:
-            after, lost = problem.unroll(
-                weights, u, seed=seed, start=training.t + free, steps=followed
-            )
+            after, lost = problem.unroll(weights, u, batches[free:], start=training.t + free)
             return lost / scale, after
 
         if self.mode == "reverse":

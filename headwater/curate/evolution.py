@@ -16,7 +16,6 @@ state has seen. What differs is when perturbations are drawn and whether particl
 | ES-Single | once an inner problem, so that ξ = ε | their own |
 """
 
-import warnings
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -26,7 +25,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
-from headwater.curate.base import HyperGradient, Info, InnerProblem, Tensors, pack, unpack
+from headwater.curate.base import (
+    HyperGradient,
+    Info,
+    InnerProblem,
+    Tensors,
+    pack,
+    problem_seed,
+    unpack,
+)
 from headwater.numerics import noise
 from headwater.numerics.evolution import antithetic_gradients
 
@@ -161,12 +168,6 @@ class _Evolution(HyperGradient):
             pairs=pairs,
             facts={"dropped_pairs": float((~kept).sum())},
         )
-        if not bool(pairs.any()):
-            warnings.warn(
-                "No perturbation changed any loss: the meta-parameters do not reach the outer "
-                "loss, or sigma is too small.",
-                stacklevel=2,
-            )
         return EvolutionState(tuple(populations), state.seed), info
 
     def _advance(
@@ -201,7 +202,7 @@ class _Evolution(HyperGradient):
         states, previous, problems = population.states, population.previous, population.problems
         many = len(previous)
         if population.t == 0:
-            fresh = problem.init(_problem_seed(seed, problems))
+            fresh = problem.init(problem_seed(seed, problems))
             states = {k: v.expand(many, *v.shape) for k, v in fresh.items()}
             previous, problems = torch.zeros_like(previous), problems + 1
         elif not self.persistent:  # every particle starts from the unperturbed one
@@ -226,12 +227,12 @@ class _Evolution(HyperGradient):
         thetas = torch.cat([vector + population.noise, vector - population.noise])
         if not self.persistent:
             thetas = torch.cat([thetas, vector[None]])
-        problem_seed = _problem_seed(seed, population.problems - 1)
+        batches = problem.batches(
+            problem_seed(seed, population.problems - 1), population.t, steps
+        )
 
         def one(state: Tensors, theta: Tensor) -> tuple[Tensors, Tensor]:
-            return problem.unroll(
-                state, unpack(theta, meta), seed=problem_seed, start=population.t, steps=steps
-            )
+            return problem.unroll(state, unpack(theta, meta), batches, start=population.t)
 
         if problem.vectorized:
             states, lost = vmap(one)(population.states, thetas)
@@ -247,11 +248,6 @@ class _Evolution(HyperGradient):
             lost = problem.horizon * (lost - population.previous)
         t = (population.t + steps) % problem.horizon
         return replace(population, states=states, previous=last, t=t), lost, last
-
-
-def _problem_seed(seed: int, problem: int) -> int:
-    """The seed of the data and initial weights of an estimator's inner problem, by its number."""
-    return seed * 1_000_003 + problem
 
 
 @dataclass(frozen=True, kw_only=True)
