@@ -234,7 +234,9 @@ def mean_info(infos: Sequence[Info]) -> Info:
     n = len(infos)
     pairs = [i.pairs for i in infos if i.pairs is not None]
     return Info(
-        gradient={k: sum(i.gradient[k] for i in infos) / n for k in infos[0].gradient},
+        gradient={
+            k: torch.stack([i.gradient[k] for i in infos]).mean(0) for k in infos[0].gradient
+        },
         loss=sum(i.loss for i in infos) / n,
         inner_steps=sum(i.inner_steps for i in infos),
         pairs=torch.stack(pairs).mean(0) if len(pairs) == n else None,
@@ -289,6 +291,7 @@ def descend(
     seed: int = 0,
     fresh_seeds: Sequence[int] = (0,),
     watch: Callable[[int, Tensors, Any], None] | None = None,
+    papers: Sequence[str] = (),
 ) -> Learned:
     """Learn meta-parameters by stochastic descent on an estimator's gradients.
 
@@ -304,6 +307,7 @@ def descend(
         fresh_seeds: Seeds of the initial weights that are trained on the final meta-parameters.
         watch: Called after each outer step with its number, the meta-parameters and the
             estimator's state.
+        papers: What to cite beside the estimator's paper.
 
     Returns:
         What was learned, always with the loss after retraining from scratch.
@@ -339,7 +343,8 @@ def descend(
     for t in current.values():
         t.grad = None
     _warn_if_dead(norms)
-    facts = {"method": type(method).__name__, "papers": [method.paper], **info.facts}
+    cited = list(dict.fromkeys([*papers, method.paper]))
+    facts = {"method": type(method).__name__, "papers": cited, **info.facts}
     return Learned(
         meta=current,
         state=state,

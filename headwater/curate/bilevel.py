@@ -80,7 +80,7 @@ def implicit_gradient(
         ValueError: u reaches neither f's gradient nor F.
     """
     (F_w, F_u), value = grad_and_value(outer, argnums=(0, 1))(weights, meta)
-    slope, pull = vjp(grad(inner), weights, meta)
+    slope, pull = vjp(grad(inner), weights, meta)[:2]
 
     def product(q: Tensor) -> Tensor:
         return torch.stack([pack(pull(unpack(row, weights))[0]) for row in q])
@@ -246,9 +246,7 @@ class Implicit(_Bilevel):
     lr: float | None = None
     damping: float = 0.0
 
-    def step(
-        self, problem: InnerProblem, state: Training, meta: Tensors
-    ) -> tuple[Training, Info]:
+    def step(self, problem: InnerProblem, state: Training, meta: Tensors) -> tuple[Training, Info]:
         """Train, and estimate the gradient of the last outer loss."""
         if problem.inner is None or problem.objective != "final":
             raise ValueError(
@@ -312,9 +310,7 @@ class Unrolled(_Bilevel):
         if self.truncation is not None and self.truncation < 1:
             raise ValueError(f"truncation must be 1 step or more; got {self.truncation}.")
 
-    def step(
-        self, problem: InnerProblem, state: Training, meta: Tensors
-    ) -> tuple[Training, Info]:
+    def step(self, problem: InnerProblem, state: Training, meta: Tensors) -> tuple[Training, Info]:
         """Train, and differentiate the loss of the last steps (the last one, or their mean)."""
         training, steps = self._begin(problem, state), self.span(problem)
         followed = steps if self.truncation is None else min(self.truncation, steps)
@@ -329,8 +325,8 @@ class Unrolled(_Bilevel):
             return lost / scale, after
 
         if self.mode == "reverse":
-            value, pull, after = vjp(loss, meta, has_aux=True)
-            gradient = pull(torch.ones_like(value))[0]
+            value, pull, *aux = vjp(loss, meta, has_aux=True)
+            gradient, after = pull(torch.ones_like(value))[0], aux[0]
         else:
             gradient, value, after = _forward(loss, meta)
         info = Info(

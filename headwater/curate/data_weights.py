@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -169,4 +168,5 @@ class DataWeights:
             steps=self.outer_steps,
             lr=self.outer_lr,
             seed=self.seed,
+            papers=[self.paper],
         )

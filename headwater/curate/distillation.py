@@ -167,5 +167,6 @@ class Distillation:
             steps=self.outer_steps,
             lr=self.outer_lr,
             seed=self.seed,
+            papers=[self.paper],
             fresh_seeds=[10_000 + self.seed * 3 + i for i in range(3)],
         )

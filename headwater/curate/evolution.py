@@ -227,9 +227,7 @@ class _Evolution(HyperGradient):
         thetas = torch.cat([vector + population.noise, vector - population.noise])
         if not self.persistent:
             thetas = torch.cat([thetas, vector[None]])
-        batches = problem.batches(
-            problem_seed(seed, population.problems - 1), population.t, steps
-        )
+        batches = problem.batches(problem_seed(seed, population.problems - 1), population.t, steps)
 
         def one(state: Tensors, theta: Tensor) -> tuple[Tensors, Tensor]:
             return problem.unroll(state, unpack(theta, meta), batches, start=population.t)

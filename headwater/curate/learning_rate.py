@@ -144,4 +144,5 @@ class LearningRate:
             steps=self.outer_steps,
             lr=self.outer_lr,
             seed=self.seed,
+            papers=[self.paper],
         )

@@ -1,7 +1,7 @@
 r"""Gradients from function values alone: antithetic evolution strategies.
 
-With $\epsilon \sim N(0, \sigma^2 I)$ the smoothed function $L_\sigma(\theta) = E\, L(\theta + \epsilon)$ has the gradient
-$E[\epsilon\, L(\theta + \epsilon)] / \sigma^2$, whether $L$ is differentiable or not.
+With $\epsilon \sim N(0, \sigma^2 I)$ the smoothed function $L_\sigma(\theta) = E\, L(\theta + \epsilon)$ has the
+gradient $E[\epsilon\, L(\theta + \epsilon)] / \sigma^2$, whether $L$ is differentiable or not.
 """
 
 import torch

@@ -21,9 +21,13 @@ def neumann_filter(
         >>> neumann_filter(torch.tensor([0.0, 1.0]), lr=0.5, terms=1).tolist()
         [1.0, 0.75]
     """
-    flat = eigenvalues == 0
-    safe = torch.where(flat, torch.ones_like(eigenvalues), eigenvalues)
-    return torch.where(flat, lr * (terms + 1.0), (1 - (1 - lr * safe) ** (terms + 1)) / safe)
+    step = lr * eigenvalues
+    flat = step.abs() < torch.finfo(step.dtype).eps ** 2  # also keeps the division from overflowing
+    safe = torch.where(flat, 0.5, step)
+    # (1 - s)^(k+1) - 1, without cancellation for small s.
+    near = torch.expm1((terms + 1) * torch.log1p(-safe.clamp(max=0.5)))
+    shrunk = torch.where(safe < 0.5, near, (1 - safe) ** (terms + 1) - 1)
+    return lr * torch.where(flat, terms + 1.0, -shrunk / safe)
 
 
 def closest_solution(

@@ -188,9 +188,7 @@ def test_a_problem_that_ends_inside_a_truncation_is_begun_anew_there(method, u):
     state, info = estimator.step(problem, state, u)
     after = state.populations[0]
     assert (after.t, after.problems) == (1, 2)
-    fresh, _ = problem.unroll(
-        problem.init(1), {"u": u["u"] + after.noise[0]}, [None], start=0
-    )
+    fresh, _ = problem.unroll(problem.init(1), {"u": u["u"] + after.noise[0]}, [None], start=0)
     torch.testing.assert_close(after.states["s"][0], fresh["s"])
     assert torch.equal(after.total, after.noise) and not torch.equal(after.noise, before.noise)
     if method is ESSingle:  # written out: old losses with the old noise, new ones with the new
@@ -315,7 +313,7 @@ def test_wrong_settings_are_refused_by_name(u):
         ESSingle(truncation=13).estimate(problem, u)
     with pytest.raises(ValueError, match="divisor of the horizon"):
         ESSingle(truncation=5).estimate(problem, u)
-    with pytest.raises(TypeError, match="floating point; got torch.int64"):
+    with pytest.raises(TypeError, match=r"floating point; got torch\.int64"):
         ESSingle().init(problem, {"u": torch.tensor([1, 2, 3])})
     with pytest.raises(ValueError, match="horizon must be 1"):
         replace(problem, horizon=0)

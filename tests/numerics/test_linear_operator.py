@@ -5,7 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater.numerics.linear_operator import conjugate_gradients
+from headwater.numerics.linear_operator import (
+    conjugate_gradients,
+    largest_eigenvalue,
+    neumann_series,
+)
 
 
 def positive(dim: int, condition: float, seed: int = 0) -> torch.Tensor:
@@ -81,3 +85,31 @@ def test_the_residual_is_relative_to_the_right_hand_side():
     A, b = torch.eye(2).double() * 2, torch.tensor([[3.0, 4.0]]).double()
     found = conjugate_gradients(lambda v: v @ A, b, steps=0)
     assert float(found.residual) == pytest.approx(1.0)
+
+
+@given(terms=st.integers(0, 30), seed=st.integers(0, 20))
+def test_a_neumann_series_is_gradient_descent_on_the_quadratic(terms, seed):
+    A = positive(6, 30.0, seed) / 30
+    b = torch.randn(2, 6).double()
+    x = torch.zeros_like(b)
+    for _ in range(terms + 1):
+        x = x - 0.9 * (x @ A - b)
+    found = neumann_series(lambda v: v @ A, b, lr=0.9, terms=terms)
+    torch.testing.assert_close(found.x, x)
+    torch.testing.assert_close(found.residual, (b - x @ A).norm(dim=1) / b.norm(dim=1))
+    assert found.steps == terms + 1
+
+
+def test_a_diverging_neumann_series_is_stopped_and_explained():
+    A = positive(6, 30.0)
+    with pytest.raises(ValueError, match=r"diverges \(term \d+ of 1000"):
+        neumann_series(lambda v: v @ A, torch.ones(1, 6).double(), lr=0.1, terms=1000)
+
+
+@given(seed=st.integers(0, 20))
+def test_power_iteration_finds_the_largest_eigenvalue_from_below(seed):
+    A = positive(7, 50.0, seed)
+    start = torch.randn(3, 7).double()
+    found = largest_eigenvalue(lambda v: v @ A, start, steps=200)
+    assert bool((found <= 50 * (1 + 1e-12)).all())
+    torch.testing.assert_close(found, torch.full((3,), 50.0).double(), rtol=1e-6, atol=0)
