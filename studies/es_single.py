@@ -5,7 +5,7 @@ the variance grows with the number of truncations, how fast a learning-rate sche
 estimator does for the weights of four sources of data, one of them with shuffled labels.
 
     python studies/es_single.py            # all four tables
-    python studies/es_single.py variance   # one of balance, variance, schedule, sources
+    python studies/es_single.py schedule --seeds 3
 """
 
 import sys
@@ -34,7 +34,7 @@ from headwater.data.images import digits, mnist5000
 from headwater.models.vision import mlp
 from headwater.numerics.resampling import Estimate, student_quantile
 
-SEEDS = range(5)
+SEEDS = range(5)  # --seeds
 
 
 def interval(values: list[float]) -> Estimate:
@@ -267,6 +267,10 @@ TABLES = {"balance": balance, "variance": variance, "schedule": schedule, "sourc
 
 
 def main(names: list[str]) -> None:
+    global SEEDS
+    if "--seeds" in names:
+        at = names.index("--seeds")
+        SEEDS, names = range(int(names[at + 1])), names[:at] + names[at + 2 :]
     torch.set_num_threads(1)
     for name in names or TABLES:
         started = time.perf_counter()

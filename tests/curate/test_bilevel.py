@@ -288,6 +288,7 @@ def one_point_regression(n_frequencies: int = 6) -> InnerProblem:
     )
 
 
+@pytest.mark.slow
 def test_one_point_teaches_warm_weights_everything_and_fresh_weights_next_to_nothing():
     problem = one_point_regression()
     u = {"x": torch.tensor(1.0).double(), "y": torch.tensor(0.0).double()}
@@ -297,8 +298,8 @@ def test_one_point_teaches_warm_weights_everything_and_fresh_weights_next_to_not
     assert warm.coadapted < 0.15 * before
     assert warm.retrained[0] > 0.7 * before
     assert cold.coadapted == pytest.approx(cold.retrained[0], rel=0.01)
-    grid = torch.linspace(-4, 4, 161).double()  # no single point teaches the curve
-    best = min(problem.retrain({"x": x, "y": y})[1] for x in grid for y in grid[::8])
+    grid = torch.linspace(-4, 4, 41).double()  # no single point teaches the curve
+    best = min(problem.retrain({"x": x, "y": y})[1] for x in grid for y in grid[::4])
     assert best > 0.5 * before and cold.retrained[0] > 0.99 * best
 
 

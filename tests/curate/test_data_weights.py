@@ -54,7 +54,9 @@ def test_a_weighted_step_is_that_of_the_weighted_loss():
     "method",
     [
         DataWeights(estimator=Unrolled(), outer_steps=25, outer_lr=0.3, steps=20),
-        DataWeights(estimator=ESSingle(n_particles=16, sigma=0.3), steps=20, outer_steps=120),
+        DataWeights(
+            estimator=ESSingle(n_particles=16, sigma=0.3), steps=20, outer_steps=60, outer_lr=0.1
+        ),
         DataWeights(
             estimator=Implicit(start="warm", inner_steps=5, damping=1e-2, tolerance=1e-3),
             objective="final",

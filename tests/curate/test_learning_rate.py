@@ -30,7 +30,7 @@ def test_training_without_validation_data_is_judged_by_the_next_batch():
 )
 def test_a_rate_far_too_small_is_raised(estimator):
     train, validation = blobs(200, 0), blobs(100, 1)
-    n = 40 if isinstance(estimator, Unrolled) else 200
+    n = 40 if isinstance(estimator, Unrolled) else 100
     method = LearningRate(
         estimator=estimator, lr=0.002, decay=1.0, steps=20, outer_steps=n, outer_lr=0.1
     )
