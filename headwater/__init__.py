@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwater import core, data, models, numerics, report, trace, training
+    from headwater import core, curate, data, models, numerics, report, trace, training
     from headwater.core.examples import Examples, TensorExamples
     from headwater.core.fit import fit, load
     from headwater.core.provenance import cite
@@ -42,6 +42,7 @@ __all__ = [
     "__version__",
     "cite",
     "core",
+    "curate",
     "data",
     "fit",
     "load",

@@ -126,6 +126,48 @@ PAPERS: dict[str, str] = {
   journal={arXiv preprint arXiv:2407.03618},
   year={2024}
 }""",
+    "arXiv:2304.11153": """@inproceedings{vicol2023low,
+  title={Low-Variance Gradient Estimation in Unrolled Computation Graphs with {ES-Single}},
+  author={Vicol, Paul and Kolter, Zico and Swersky, Kevin},
+  booktitle={International Conference on Machine Learning},
+  year={2023}
+}""",
+    "arXiv:2112.13835": """@inproceedings{vicol2021unbiased,
+  title={Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution Strategies},
+  author={Vicol, Paul and Metz, Luke and Sohl-Dickstein, Jascha},
+  booktitle={International Conference on Machine Learning},
+  year={2021}
+}""",
+    "arXiv:2212.14032": """@inproceedings{vicol2022implicit,
+  title={On Implicit Bias in Overparameterized Bilevel Optimization},
+  author={Vicol, Paul and Lorraine, Jonathan and Pedregosa, Fabian and Duvenaud, David and Grosse, Roger},
+  booktitle={International Conference on Machine Learning},
+  year={2022}
+}""",
+    "arXiv:1911.02590": """@inproceedings{lorraine2020optimizing,
+  title={Optimizing Millions of Hyperparameters by Implicit Differentiation},
+  author={Lorraine, Jonathan and Vicol, Paul and Duvenaud, David},
+  booktitle={International Conference on Artificial Intelligence and Statistics},
+  year={2020}
+}""",
+    "arXiv:1502.03492": """@inproceedings{maclaurin2015gradient,
+  title={Gradient-based Hyperparameter Optimization through Reversible Learning},
+  author={Maclaurin, Dougal and Duvenaud, David and Adams, Ryan P.},
+  booktitle={International Conference on Machine Learning},
+  year={2015}
+}""",
+    "arXiv:1803.09050": """@inproceedings{ren2018learning,
+  title={Learning to Reweight Examples for Robust Deep Learning},
+  author={Ren, Mengye and Zeng, Wenyuan and Yang, Bin and Urtasun, Raquel},
+  booktitle={International Conference on Machine Learning},
+  year={2018}
+}""",
+    "arXiv:1811.10959": """@article{wang2018dataset,
+  title={Dataset Distillation},
+  author={Wang, Tongzhou and Zhu, Jun-Yan and Torralba, Antonio and Efros, Alexei A.},
+  journal={arXiv preprint arXiv:1811.10959},
+  year={2018}
+}""",
     "doi:10.1162/neco.1992.4.3.415": """@article{mackay1992bayesian,
   title={Bayesian Interpolation},
   author={MacKay, David J. C.},

@@ -144,7 +144,7 @@ class Neumann:
     steps: int
 
 
-def neumann_series(
+def neumann_recursion(
     products: Iterable[Operator],
     b: Float[Tensor, "system dim"],
     *,
@@ -165,7 +165,7 @@ def neumann_series(
     Example:
         >>> A = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))
         >>> b = torch.ones(1, 2, dtype=torch.float64)
-        >>> x = neumann_series([lambda v: v @ A] * 60, b, scale=2.0).x
+        >>> x = neumann_recursion([lambda v: v @ A] * 60, b, scale=2.0).x
         >>> bool(torch.allclose(x @ A, b))
         True
     """
@@ -178,3 +178,60 @@ def neumann_series(
         if not bool((growth <= bound).all()):  # NaN is no convergence either
             return Neumann(r / scale, True, done)
     return Neumann(r / scale, False, done)
+
+
+def largest_eigenvalue(
+    product: Operator, start: Float[Tensor, "system dim"], *, steps: int = 50
+) -> Float[Tensor, " system"]:
+    """Largest eigenvalue in size, by power iteration (a lower bound of it that rises with `steps`).
+
+    Args:
+        product: x (system, dim) to A x, A symmetric.
+        start: Vectors with a part in the leading direction, such as normal ones.
+        steps: Products.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([3.0, 1.0]))
+        >>> round(largest_eigenvalue(lambda v: v @ A, torch.ones(1, 2)).item(), 4)
+        3.0
+    """
+    tiny = torch.finfo(start.dtype).tiny
+    v, size = start / start.norm(dim=1, keepdim=True).clamp(min=tiny), start.new_zeros(len(start))
+    for _ in range(steps):
+        Av = product(v)
+        size = Av.norm(dim=1)
+        v = Av / size.clamp(min=tiny)[:, None]
+    return size
+
+
+def neumann_series(
+    product: Operator, b: Float[Tensor, "system dim"], *, lr: float, terms: int
+) -> Solution:
+    r"""Approximate $A^{-1} b$ by $\alpha \sum_{j=0}^{k} (I - \alpha A)^j b$.
+
+    As many steps of gradient descent on the quadratic $\tfrac12 x^\top A x - b^\top x$ from zero, so
+    that it is damped where A is flat. It converges for $0 < \alpha < 2 / \lambda_{\max}$.
+
+    Args:
+        product: x (system, dim) to A x, A symmetric and positive semi-definite.
+        b: Right-hand sides.
+        lr: The step α.
+        terms: Terms k after the first; with 0 the answer is α b, and no product is taken but one
+            for the residual.
+
+    Raises:
+        ValueError: The terms grow: the step is too large, or A has negative eigenvalues.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([1.0, 0.5]))
+        >>> neumann_series(lambda v: v @ A, torch.ones(1, 2), lr=1.0, terms=1).x
+        tensor([[1.0000, 1.5000]])
+    """
+    found = neumann_recursion([product] * terms, b, scale=1 / lr, bound=10.0)
+    if found.diverged:
+        raise ValueError(
+            f"The Neumann series diverges (seen at term {found.steps} of {terms}): lr {lr:.3g} is above 2 / the "
+            "largest eigenvalue, or the matrix has negative eigenvalues. Take a smaller lr, or add damping."
+        )
+    norm = b.norm(dim=1).clamp(min=torch.finfo(b.dtype).tiny)
+    return Solution(found.x, (b - product(found.x)).norm(dim=1) / norm, terms + 1)

@@ -26,7 +26,7 @@ from headwater.core.gauss_newton import GaussNewtonProduct
 from headwater.core.gradients import Gradients
 from headwater.core.scores import Scores
 from headwater.core.task import Measurement
-from headwater.numerics.linear_operator import Operator, lanczos, neumann_series
+from headwater.numerics.linear_operator import Operator, lanczos, neumann_recursion
 from headwater.trace.base import Attributor, to_scores
 from headwater.trace.influence import inner_products, query_gradients
 
@@ -118,7 +118,7 @@ class LiSSA(Attributor):
         scale = self.scale or 1.1 * _largest(whole, b, self.seed)
         for left in reversed(range(_DOUBLINGS if self.scale is None else 1)):
             found = [
-                neumann_series(self._terms(fit, damped, whole, repeat, progress), b, scale=scale)
+                neumann_recursion(self._terms(fit, damped, whole, repeat, progress), b, scale=scale)
                 for repeat in range(self.repeats)
             ]
             diverged = any(each.diverged for each in found)

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater.numerics.linear_operator import conjugate_gradients, lanczos, neumann_series
+from headwater.numerics.linear_operator import (
+    conjugate_gradients,
+    lanczos,
+    largest_eigenvalue,
+    neumann_recursion,
+    neumann_series,
+)
 
 
 def positive(dim: int, condition: float, seed: int = 0) -> torch.Tensor:
@@ -126,8 +132,36 @@ def test_the_neumann_series_solves_and_notices_when_it_cannot():
     A = x @ x.mT + torch.eye(8).double()
     b = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).double()
     top = float(torch.linalg.eigvalsh(A)[-1])
-    found = neumann_series([lambda v: v @ A] * 2000, b, scale=top)
+    found = neumann_recursion([lambda v: v @ A] * 2000, b, scale=top)
     assert not found.diverged and found.steps == 2000
     torch.testing.assert_close(found.x, torch.linalg.solve(A, b.mT).mT)
-    diverging = neumann_series([lambda v: v @ A] * 2000, b, scale=top / 2.5)
+    diverging = neumann_recursion([lambda v: v @ A] * 2000, b, scale=top / 2.5)
     assert diverging.diverged and diverging.steps < 200
+
+
+@given(terms=st.integers(0, 30), seed=st.integers(0, 20))
+def test_a_neumann_series_is_gradient_descent_on_the_quadratic(terms, seed):
+    A = positive(6, 30.0, seed) / 30
+    b = torch.randn(2, 6).double()
+    x = torch.zeros_like(b)
+    for _ in range(terms + 1):
+        x = x - 0.9 * (x @ A - b)
+    found = neumann_series(lambda v: v @ A, b, lr=0.9, terms=terms)
+    torch.testing.assert_close(found.x, x)
+    torch.testing.assert_close(found.residual, (b - x @ A).norm(dim=1) / b.norm(dim=1))
+    assert found.steps == terms + 1
+
+
+def test_a_diverging_neumann_series_is_stopped_and_explained():
+    A = positive(6, 30.0)
+    with pytest.raises(ValueError, match=r"diverges \(seen at term \d+ of 1000"):
+        neumann_series(lambda v: v @ A, torch.ones(1, 6).double(), lr=0.1, terms=1000)
+
+
+@given(seed=st.integers(0, 20))
+def test_power_iteration_finds_the_largest_eigenvalue_from_below(seed):
+    A = positive(7, 50.0, seed)
+    start = torch.randn(3, 7).double()
+    found = largest_eigenvalue(lambda v: v @ A, start, steps=200)
+    assert bool((found <= 50 * (1 + 1e-12)).all())
+    torch.testing.assert_close(found, torch.full((3,), 50.0).double(), rtol=1e-6, atol=0)
