@@ -37,7 +37,7 @@ def test_unrolling_predicts_a_language_models_run_with_texts_left_out(tmp_path):
     from studies.unrolling_quality import evaluate, small_gpt
 
     found = evaluate(small_gpt(), tmp_path, other_seed=False)
-    assert found["unrolling, same run"].value >= 0.93
+    assert found["unrolling, same run"].value >= 0.93  # 0.999 [0.997, 0.999] measured
     assert found["metasmoothness"] > 0.98
 
 

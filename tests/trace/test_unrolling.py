@@ -3,8 +3,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import headwater
@@ -12,15 +10,10 @@ from headwater.core.examples import TensorExamples
 from headwater.core.task import CausalLM, Classification, FunctionTask, Regression
 from headwater.models.gpt import GPT
 from headwater.trace.unrolling import (
-    Meter,
     Unrolling,
-    backwards,
-    branching_of,
-    choose,
     measure_of,
     metasmoothness,
     responses,
-    states_held,
     unroll,
 )
 from headwater.training.optimizers import SGD, Adam, AdamW, Stage
@@ -234,28 +227,6 @@ def test_policies_of_keeping_states_agree_bit_by_bit(name, tmp_path):
     assert tree.peak_states <= math.ceil(math.log2(n)) + 1
     assert tree.steps_made <= n * math.ceil(math.log2(n))
     assert tree.peak_states < root.peak_states < whole.peak_states
-
-
-@given(n=st.integers(1, 300), branching=st.integers(1, 40))
-def test_going_backwards_visits_every_state_once_and_holds_as_many_as_said(n, branching):
-    forwards, state = [], 1
-    for k in range(n):
-        forwards.append((k, state))
-        state = (state * 31 + k) % 1_000_003
-    meter = Meter(held=1, peak=1)
-    found = backwards(lambda k, s: (s * 31 + k) % 1_000_003, 1, n, branching=branching, meter=meter)
-    assert list(found) == forwards[::-1]
-    assert meter.peak == states_held(n, branching)
-    assert meter.held == 1  # the first, which is the caller's
-
-
-def test_the_policy_follows_from_the_memory_there_is():
-    need = {p: states_held(10_000, branching_of(p, 10_000)) for p in ("all", "sqrt", "tree")}
-    assert need["all"] == 10_000 and need["sqrt"] == 199 and need["tree"] < 25
-    for policy, states in need.items():
-        assert choose("auto", n=10_000, state_bytes=8, budget=8 * states) == policy
-    with pytest.raises(MemoryError, match=r"10000 steps .* choose keep='tree'"):
-        choose("all", n=10_000, state_bytes=8, budget=8 * 9_999)
 
 
 def test_queries_can_be_taken_a_few_at_a_time(tmp_path):
