@@ -19,6 +19,7 @@ from headwater.trace.base import Attributor
 from headwater.training.optimizers import SGD
 from headwater.training.run import train_model
 from tests.curvature_cases import case
+from tests.method_cases import run
 
 ATTRIBUTORS = sorted(
     (
@@ -37,17 +38,19 @@ def fitted(name: str):
     if name not in _FITS:
         found, folder = case(name), Path(mkdtemp())
         model, rule = copy.deepcopy(found.model), SGD(lr=0.02, batch_size=4, epochs=2)
-        run = train_model(model, found.train, found.task, rule, folder=folder, keep_optimizer=True)
+        record = train_model(
+            model, found.train, found.task, rule, folder=folder, keep_optimizer=True
+        )
         fit = headwater.fit(model, found.train, found.task, curvature=EKFAC(), weight_decay=0.01)
-        _FITS[name] = (fit, found.query, run)
+        _FITS[name] = (fit, found.query, record)
     return _FITS[name]
 
 
 def attribute(method, name: str):
     """A method's scores of a case; methods that read the training run get its record."""
-    fit, queries, run = fitted(name)
+    fit, queries, record = fitted(name)
     reads = "trajectory" in inspect.signature(method.attribute).parameters
-    return method().attribute(fit, queries, **({"trajectory": run} if reads else {}))
+    return run(method(), fit, queries, **({"trajectory": record} if reads else {}))
 
 
 def test_every_method_is_listed():
@@ -62,7 +65,7 @@ def test_documents_itself(method):
     assert text and text.splitlines()[0].endswith(".")
     for field in dataclasses.fields(method):
         assert f"{field.name}:" in text, f"{method.__name__} has no word on {field.name}"
-    assert module is not None and "arXiv:" in (module.__doc__ or "")
+    assert module is not None and method.paper in (module.__doc__ or "")
     assert inspect.getdoc(method.attribute)
 
 
@@ -71,7 +74,7 @@ def test_is_its_own_configuration(method):
     instance = method()
     assert dataclasses.is_dataclass(method) and method.__dataclass_params__.frozen
     assert instance == method() and hash(instance) == hash(method())
-    assert eval(repr(instance), {method.__name__: method}) == instance
+    assert eval(repr(instance), dict(vars(trace))) == instance
     assert json.loads(json.dumps(dataclasses.asdict(instance))) == dataclasses.asdict(instance)
     with pytest.raises(TypeError):
         method(1)  # keywords only
@@ -80,6 +83,8 @@ def test_is_its_own_configuration(method):
 @every
 @pytest.mark.parametrize("name", ["mlp", "lm"])
 def test_gives_scores_and_repeats_itself(method, name):
+    if method is trace.BM25 and name == "mlp":
+        pytest.skip("no text")
     fit, queries, _ = fitted(name)
     scores, again = (attribute(method, name) for _ in range(2))
     assert isinstance(scores, Scores) and scores.values.dtype == torch.float32
@@ -103,10 +108,11 @@ def test_saves_and_loads(method, tmp_path):
 
 @every
 def test_cites(method):
-    scores = attribute(method, "mlp")
-    assert method.paper in papers(scores.facts)
+    scores = attribute(method, "lm")
     assert set(papers(scores.facts)) <= set(PAPERS)
-    assert PAPERS[method.paper] in headwater.cite(scores)
+    if method.paper:
+        assert method.paper in papers(scores.facts)
+        assert PAPERS[method.paper] in headwater.cite(scores)
 
 
 def test_influence_cites_its_curvature_and_damping():

@@ -1,13 +1,14 @@
 """The fit: a model's curvature over its training data, made once and used for many questions."""
 
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from headwater.core import provenance
 from headwater.core.capture import BatchPlan, Capture, Progress, plan_batches
@@ -18,6 +19,7 @@ from headwater.core.curvature import (
     DenseCurvature,
     DualCurvature,
     FitContext,
+    Identity,
     restore,
 )
 from headwater.core.curvature.choice import choose_curvature
@@ -295,6 +297,63 @@ def fit(
     with suppress(OSError):  # other unfinished fits may be in there
         unfinished.rmdir()
     return made
+
+
+class FitsAt(Sequence):
+    """Fits of one model with other weights, each made when it is asked for."""
+
+    def __init__(self, fit: Fit, checkpoints: Sequence[Mapping[str, Tensor]]):
+        self.fit, self.checkpoints = fit, checkpoints
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return FitsAt(self.fit, self.checkpoints[index])
+        return _fit_at(self.fit, self.checkpoints[index], index)
+
+
+def fits_at(fit: Fit, checkpoints: Sequence[Mapping[str, Tensor]]) -> FitsAt:
+    """Fits of the same task and data with other weights: checkpoints of a run, or runs of other seeds.
+
+    Their curvature is the identity, so they cost a copy of the model each, held only while it is in use.
+
+    Args:
+        fit: A fit of the model.
+        checkpoints: Tensors by the names of the model's state. What a checkpoint leaves out stays as it is in the fit;
+            an index may read it from disk.
+
+    Raises:
+        ValueError: A checkpoint does not belong to the model; the message names what differs.
+    """
+    return FitsAt(fit, checkpoints)
+
+
+def _fit_at(fit: Fit, checkpoint: Mapping[str, Tensor], number: int) -> Fit:
+    model = copy.deepcopy(fit.model)
+    state = model.state_dict()
+    wrong = [
+        f"{name} {tuple(tensor.shape)}"
+        for name, tensor in checkpoint.items()
+        if name not in state or state[name].shape != tensor.shape
+    ]
+    trained = {name for layer in fit.followed for name in layer.parameters}
+    if wrong or trained.isdisjoint(checkpoint):
+        what = (
+            f"it has {', '.join(wrong[:3])}" if wrong else "it holds none of the followed weights"
+        )
+        raise ValueError(f"Checkpoint {number} is not one of this model: {what}.")
+    model.load_state_dict(dict(checkpoint), strict=False)
+    capture = Capture(model, fit.task, fit.followed)
+    made_from = fit.made_from | {"model": fingerprint_model(model)}
+    facts = {"made_from": made_from, "options": {"curvature": {"kind": "identity"}}}
+    return replace(
+        fit,
+        model=model,
+        curvature=Identity().fit(FitContext(capture, fit.train, [])),
+        facts=fit.facts | facts,
+    )
 
 
 def _fit(

@@ -1,7 +1,7 @@
 r"""Products with the exact Gauss–Newton matrix, $C v = \frac1N \sum_n J_n^\top H_n J_n v$, by a pass over the data.
 
 $J_n$ is the Jacobian of the model's outputs in the followed parameters and $H_n$ the Hessian of the loss in the
-outputs (Schraudolph 2002). No labels are drawn and no structure is assumed.
+outputs (Schraudolph 2002). No labels are drawn and no structure is assumed. The Hessian itself has the same form.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headwater.core.capture import BatchPlan, Capture
@@ -80,18 +80,19 @@ class GaussNewtonProduct:
     def _chunk(self, gradients: Gradients) -> Gradients:
         tangents = parameters_of(gradients, self.layers)
         total = {name: torch.zeros_like(t) for name, t in tangents.items()}
-        model, task = self.capture.model, self.capture.task
-        with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        with evaluation_mode(self.capture.model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             for plan in self.batches:
                 batch = to_device(self.examples.batch(plan.indices), self.capture.device)
-                prediction = task.predict(model, batch)
-                for name, part in self._batch(batch, prediction, tangents).items():
+                for name, part in self._batch(batch, tangents).items():
                     total[name.removeprefix("model.")] += part
         n = sum(len(plan.indices) for plan in self.batches)
         mean = {name: t / n for name, t in total.items()}
         return Gradients({layer.name: layer.from_parameters(mean) for layer in self.layers})
 
-    def _batch(self, batch: Any, prediction: Any, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _batch(self, batch: Any, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The product over one batch, summed over its examples, for parameters by their names here."""
+        prediction = self.capture.task.predict(self.capture.model, batch)
+
         def outputs(parameters: dict[str, Tensor]) -> Tensor:
             return functional_call(self._module, parameters, (batch,))
 
@@ -102,6 +103,37 @@ class GaussNewtonProduct:
             return pull(prediction.hessian_product(change).to(change))[0]
 
         return vmap(one)({f"model.{n}": t for n, t in tangents.items()})
+
+
+class HessianProduct(GaussNewtonProduct):
+    """The Hessian of the mean loss over a dataset, known by its products; it may have negative eigenvalues."""
+
+    def _batch(self, batch: Any, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+        total = _TotalLoss(self.capture.model, self.capture.task)
+
+        def gradient(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+            return grad(lambda theta: functional_call(total, theta, (batch,)))(parameters)
+
+        def one(tangent: dict[str, Tensor]) -> dict[str, Tensor]:
+            return jvp(gradient, (self._parameters,), (tangent,))[1]
+
+        return vmap(one)({f"model.{n}": t for n, t in tangents.items()})
+
+
+class _TotalLoss(nn.Module):
+    """The summed loss of a batch, as a module, so that its parameters can be replaced."""
+
+    def __init__(self, model: nn.Module, task: Task):
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.task.loss(self.model, batch).sum()
+
+
+def template(layers: Sequence[Layer], like: Tensor) -> Gradients:
+    """One gradient of zeros, for the names and shapes of layers; precision and place are those of a tensor."""
+    return Gradients({layer.name: like.new_zeros(1, *layer.block) for layer in layers})
 
 
 def parameters_of(gradients: Gradients, layers: Sequence[Layer]) -> dict[str, Tensor]:

@@ -45,7 +45,8 @@ class Scores:
     scores took memory for those alone, however many there are.
 
     Attributes:
-        values: (query, train), in the measurement's unit (nats); positive where the example raises it.
+        values: (query, train), in the measurement's unit (nats) unless `unit` says otherwise; positive where the
+            example raises it.
         query_ids: Names of the queries.
         train_ids: Names of the training examples.
         measurement: What was measured.
@@ -96,6 +97,11 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.query_ids)
+
+    @property
+    def unit(self) -> str:
+        """The unit of the values; empty where only their order counts."""
+        return self.facts.get("unit", "nats")
 
     def __sub__(self, other: "Scores") -> "Scores":
         """A contrast: why this rather than that, query by query."""
@@ -231,15 +237,16 @@ class Scores:
         axes.barh(range(len(chosen)), values, xerr=errors, color=colors)
         axes.set_yticks(range(len(chosen)), [self.train_ids[i] for i in chosen])
         axes.invert_yaxis()
-        axes.set_xlabel(f"change of {self.measurement} (nats)")
+        axes.set_xlabel(f"change of {self.measurement} ({self.unit or 'no unit'})")
         axes.set_title(self.query_ids[query])
         return figure
 
     def __repr__(self) -> str:
         q, n = self.values.shape
         of = "" if n == self.n_train else f" kept of {self.n_train:,}"
+        unit = f"in {self.unit}" if self.unit else "without unit: only their order counts"
         lines = [
-            f"Scores({q} queries × {n} training examples{of}, change of {self.measurement} in nats)"
+            f"Scores({q} queries × {n} training examples{of}, change of {self.measurement} {unit})"
         ]
         most, least = self.top(3), self.top(3, lowest=True)
         for row, name in enumerate(self.query_ids[:5]):

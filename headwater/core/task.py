@@ -53,6 +53,13 @@ def measurement_function(measurement: Measurement) -> Callable[[Prediction], Ten
     return MEASUREMENTS[measurement]
 
 
+def measurement_name(measurement: Measurement) -> str:
+    """What a result calls a measurement."""
+    if isinstance(measurement, str):
+        return measurement
+    return getattr(measurement, "__name__", "custom")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """What was trained and what is asked.

@@ -39,9 +39,9 @@ def second_moment(
 
 
 def rotate(
-    x: Float[Tensor, "*lead batch pos dim"], basis: Float[Tensor, "*lead dim dim"] | None
+    x: Float[Tensor, "*lead batch pos dim"], basis: Float[Tensor, "*lead dim new"] | None
 ) -> Tensor:
-    """Coordinates of x in an orthonormal basis (its columns); None is the identity."""
+    """Inner products of x with the columns of a basis; None is the identity."""
     if basis is None:
         return x
     return (x.flatten(-3, -2) @ basis).unflatten(-2, x.shape[-3:-1])

@@ -36,6 +36,14 @@ def keys(names: Iterable[str]) -> Int[Tensor, " example"]:
     )
 
 
+def bits(
+    key: Int[Tensor, "*shape"], counter: Int[Tensor, "*shape"], seed: int
+) -> Int[Tensor, "*shape"]:
+    """64 random bits for each (key, counter) under a seed."""
+    step = (_GOLDEN * (seed + 1) + (1 << 63)) % (1 << 64) - (1 << 63)  # wrapped to 64 bits
+    return _mix(_mix(key + step) + _GOLDEN * (counter + 1))
+
+
 def uniform(
     key: Int[Tensor, "*shape"], counter: Int[Tensor, "*shape"], seed: int
 ) -> Float[Tensor, "*shape"]:
@@ -47,9 +55,7 @@ def uniform(
         >>> bool((a == b.flip(0)).all())
         True
     """
-    step = (_GOLDEN * (seed + 1) + (1 << 63)) % (1 << 64) - (1 << 63)  # wrapped to 64 bits
-    x = _mix(key + step)
-    x = _mix(x + _GOLDEN * (counter + 1))
+    x = bits(key, counter, seed)
     return (_shift_right(x, 12).double() + 0.5) * 2.0**-52  # 52 bits: one more would round up to 1
 
 

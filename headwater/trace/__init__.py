@@ -3,9 +3,41 @@
 A method takes a fit and queries and returns scores (query, train), positive where the example raises the measurement.
 """
 
+from headwater.trace.arnoldi import Arnoldi
 from headwater.trace.base import Attributor
+from headwater.trace.bm25 import BM25
+from headwater.trace.datainf import DataInf
+from headwater.trace.ensemble import Ensemble
+from headwater.trace.explicit import Explicit
 from headwater.trace.gradient import GradientCosine, GradientDot
 from headwater.trace.influence import Influence, refine
+from headwater.trace.less import LESS
+from headwater.trace.lissa import LiSSA
+from headwater.trace.random import Random
+from headwater.trace.similarity import EmbeddingSimilarity, RepresentationSimilarity
+from headwater.trace.tracin import TracIn
+from headwater.trace.trackstar import TrackStar
+from headwater.trace.trak import TRAK
 from headwater.trace.unrolling import Unrolling
 
-__all__ = ["Attributor", "GradientCosine", "GradientDot", "Influence", "Unrolling", "refine"]
+__all__ = [
+    "BM25",
+    "LESS",
+    "TRAK",
+    "Arnoldi",
+    "Attributor",
+    "DataInf",
+    "EmbeddingSimilarity",
+    "Ensemble",
+    "Explicit",
+    "GradientCosine",
+    "GradientDot",
+    "Influence",
+    "LiSSA",
+    "Random",
+    "RepresentationSimilarity",
+    "TracIn",
+    "TrackStar",
+    "Unrolling",
+    "refine",
+]

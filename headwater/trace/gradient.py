@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwater.core.capture import Accumulator, Progress, sweep
+from headwater.core.capture import Progress, sweep
 from headwater.core.curvature import Preconditioned
 from headwater.core.examples import as_examples
 from headwater.core.fit import Fit
@@ -21,8 +21,8 @@ from headwater.core.scores import Scores
 from headwater.core.scoring import Norms, PairScores
 from headwater.core.target import Loss
 from headwater.core.task import Measurement
-from headwater.trace.base import Attributor
-from headwater.trace.influence import measurement_name, query_gradients
+from headwater.trace.base import Attributor, to_scores
+from headwater.trace.influence import query_gradients
 
 
 def cosine(
@@ -51,27 +51,27 @@ class _Similarity(Attributor):
         """Scores of every training example; the fit's curvature is not used."""
         examples = as_examples(queries)
         gradients = query_gradients(fit, examples, measurement, weights, progress)
-        n = len(fit.train)
-        gathered: list[Accumulator] = [PairScores(Preconditioned(gradients), n)]
-        gathered += [Norms(n)] if self.normalize else []
-        batches = fit.batches(fit.train)
-        sweep(fit.capture(), fit.train, gathered, Loss(), batches=batches, progress=progress)
-        pairs, *norms = (each.finish() for each in gathered)  # type: ignore[attr-defined]
-        values = cosine(-pairs, gradients.norms(), norms[0]) if self.normalize else -pairs
-        asked = fit.task.measurement_of if measurement is None else measurement
-        return Scores(
-            values=values.float(),
-            query_ids=examples.ids
-            if weights is None
-            else list(names or map(str, range(len(gradients)))),
-            train_ids=fit.train.ids,
-            measurement=measurement_name(asked),
-            metadata=fit.train.metadata,
-            facts={
-                "method": type(self).__name__,
-                "papers": [self.paper],
-                "made_from": fit.made_from,
-            },
+        capture, n = fit.capture(), len(fit.train)
+        pairs, norms = PairScores(Preconditioned(gradients), n), Norms(n)
+        sweep(
+            capture,
+            fit.train,
+            [pairs, norms],
+            Loss(),
+            batches=fit.batches(fit.train),
+            progress=progress,
+        )
+        values = -pairs.finish()
+        if self.normalize:
+            values = cosine(values, gradients.norms(), norms.finish())
+        return to_scores(
+            self,
+            fit,
+            examples,
+            values,
+            measurement=measurement,
+            weights=weights,
+            names=names,
         )
 
 

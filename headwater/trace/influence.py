@@ -38,7 +38,7 @@ from headwater.core.scoring import (
     TokenScores,
 )
 from headwater.core.target import Loss, Measured
-from headwater.core.task import Measurement
+from headwater.core.task import Measurement, measurement_name
 from headwater.numerics.linear_operator import conjugate_gradients
 from headwater.numerics.resampling import jackknife_interval
 from headwater.trace.base import Attributor
@@ -501,10 +501,3 @@ def refine(
             stacklevel=2,
         )
     return shape.from_matrix(solution.x), facts
-
-
-def measurement_name(measurement: Measurement) -> str:
-    """What a result calls a measurement."""
-    if isinstance(measurement, str):
-        return measurement
-    return getattr(measurement, "__name__", "custom")

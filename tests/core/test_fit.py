@@ -9,7 +9,7 @@ from headwater.core.curvature import EKFAC, KFAC, Dense, Diagonal, Dual, Identit
 from headwater.core.damping import Damping, evidence
 from headwater.core.examples import DatasetExamples, TensorExamples
 from headwater.core.files import ArtifactError, ArtifactMismatch
-from headwater.core.fit import fit, load
+from headwater.core.fit import fit, fits_at, load
 from headwater.core.task import Classification, FunctionTask, Regression
 from headwater.trace.influence import Influence
 from tests.curvature_cases import case
@@ -245,3 +245,34 @@ def test_an_empty_batch_is_refused():
     data = torch.randn(30, 3), torch.randint(4, (30,))
     with pytest.raises(ValueError, match="at least 1; got 256 and 0"):
         fit(nn.Linear(3, 4), data, Classification(), batch_tokens=0)
+
+
+def test_fits_at_checkpoints_have_their_weights_and_nothing_else_new():
+    found = case("mlp")
+    fitted = found.fit(EKFAC())
+    checkpoints = [
+        {k: v * scale for k, v in found.model.state_dict().items()} for scale in (1.0, 2.0)
+    ]
+    fits = fits_at(fitted, checkpoints)
+    assert len(fits) == 2 and len(fits[1:]) == 1
+    for one, checkpoint in zip(fits, checkpoints, strict=True):
+        assert one.model is not found.model and one.train is fitted.train
+        for name, tensor in one.model.state_dict().items():
+            assert torch.equal(tensor, checkpoint[name])
+    assert fits[0].made_from == fitted.made_from and fits[1].made_from != fitted.made_from
+    part = fits_at(fitted, [{"0.weight": torch.zeros(5, 6)}])[0]
+    assert torch.equal(part.model[2].weight, found.model[2].weight)
+    assert not part.model[0].weight.any() and bool(found.model[0].weight.any())
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"3.weight": torch.zeros(2)}, "it has 3.weight"),
+        ({"0.weight": torch.zeros(2, 2)}, r"it has 0.weight \(2, 2\)"),
+        ({}, "none of the followed weights"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(checkpoint, message):
+    with pytest.raises(ValueError, match=message):
+        fits_at(case("mlp").fit(EKFAC()), [checkpoint])[0]

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from headwater.core.gauss_newton import GaussNewtonProduct, parameters_of
+from headwater.core.gauss_newton import (
+    GaussNewtonProduct,
+    HessianProduct,
+    parameters_of,
+    template,
+)
 from headwater.core.gradients import Gradients
 from tests.curvature_cases import EVERY, case, dense_gauss_newton, loss_gradients, shared
 
@@ -55,3 +60,33 @@ def test_gradients_of_layers_become_those_of_parameters():
     found.task.loss(found.model, found.train.batch([0])).sum().backward()
     for name, p in found.model.named_parameters():
         torch.testing.assert_close(mapped[name][0], p.grad)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_hessian_is_the_change_of_the_mean_gradient(name):
+    found = case(name)
+    fitted = found.fit("identity")
+    layers, n = list(fitted.followed), len(found.train)
+    shape = template(layers, next(found.model.parameters()))
+    torch.manual_seed(1)
+    x = torch.randn(2, shape.to_matrix().shape[1]).double()
+    product = HessianProduct(fitted.capture(), found.train, fitted.batches(found.train))
+    mine = product(shape.from_matrix(x)).to_matrix()
+    named, step = dict(found.model.named_parameters()), 1e-5
+    for row, direction in zip(mine, x, strict=True):
+        change = parameters_of(shape.from_matrix(direction[None]), layers)
+
+        def gradient(scale, change=change):
+            with torch.no_grad():
+                for name, part in change.items():
+                    named[name] += scale * part[0]
+
+            rows = loss_gradients(fitted).sum(0) / n
+            with torch.no_grad():
+                for name, part in change.items():
+                    named[name] -= scale * part[0]
+            return rows
+
+        expected = (gradient(step) - gradient(-step)) / (2 * step)
+        # central differences: an error of step² times third derivatives, and rounding / step
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-7)

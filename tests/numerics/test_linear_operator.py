@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater.numerics.linear_operator import conjugate_gradients
+from headwater.numerics.linear_operator import conjugate_gradients, lanczos, neumann_series
 
 
 def positive(dim: int, condition: float, seed: int = 0) -> torch.Tensor:
@@ -81,3 +81,53 @@ def test_the_residual_is_relative_to_the_right_hand_side():
     A, b = torch.eye(2).double() * 2, torch.tensor([[3.0, 4.0]]).double()
     found = conjugate_gradients(lambda v: v @ A, b, steps=0)
     assert float(found.residual) == pytest.approx(1.0)
+
+
+def symmetric(dim, seed=0):
+    x = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed)).double()
+    return (x + x.mT) / 2
+
+
+def test_lanczos_finds_all_eigenpairs_of_a_small_matrix():
+    A = symmetric(12)
+    start = torch.randn(1, 12, generator=torch.Generator().manual_seed(1)).double()
+    values, vectors = lanczos(lambda v: v @ A, start)
+    expected = torch.linalg.eigvalsh(A)
+    expected = expected[expected.abs().argsort(descending=True)]
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(vectors @ A, values[:, None] * vectors)
+    torch.testing.assert_close(vectors @ vectors.mT, torch.eye(12).double())
+
+
+def test_lanczos_finds_the_largest_eigenpairs_first():
+    Q = torch.linalg.qr(symmetric(60)).Q
+    spectrum = torch.cat([torch.tensor([9.0, -7.0, 5.0]), torch.linspace(-1, 1, 57)]).double()
+    A = Q @ torch.diag(spectrum) @ Q.mT
+    start = torch.randn(1, 60, generator=torch.Generator().manual_seed(1)).double()
+    values, vectors = lanczos(lambda v: v @ A, start, steps=25)
+    assert len(values) == 25
+    torch.testing.assert_close(values[:3], spectrum[:3], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        vectors[:3] @ A, values[:3, None] * vectors[:3], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_lanczos_stops_where_the_matrix_has_lower_rank():
+    x = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)).double()
+    A, n_products = x.mT @ x, []
+    start = torch.randn(1, 30, generator=torch.Generator().manual_seed(1)).double()
+    values, _ = lanczos(lambda v: (n_products.append(1), v @ A)[1], start)
+    assert len(n_products) <= 6  # the range, and the part of the start outside it
+    torch.testing.assert_close(values[:4], torch.linalg.eigvalsh(A)[-4:].flip(0))
+
+
+def test_the_neumann_series_solves_and_notices_when_it_cannot():
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).double()
+    A = x @ x.mT + torch.eye(8).double()
+    b = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).double()
+    top = float(torch.linalg.eigvalsh(A)[-1])
+    found = neumann_series([lambda v: v @ A] * 2000, b, scale=top)
+    assert not found.diverged and found.steps == 2000
+    torch.testing.assert_close(found.x, torch.linalg.solve(A, b.mT).mT)
+    diverging = neumann_series([lambda v: v @ A] * 2000, b, scale=top / 2.5)
+    assert diverging.diverged and diverging.steps < 200

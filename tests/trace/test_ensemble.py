@@ -1,0 +1,47 @@
+"""Ensembles average a method's scores over fits."""
+
+import pytest
+import torch
+
+from headwater.core.curvature import EKFAC, Identity
+from headwater.core.fit import fits_at
+from headwater.numerics.ranks import spearman
+from headwater.trace import Ensemble, GradientCosine, Influence
+from headwater.trace.ensemble import centered_ranks
+from tests.curvature_cases import case, shared
+from tests.trace.test_tracin import checkpoints
+
+
+def test_values_are_averaged():
+    found = shared("mlp")
+    fitted = found.fitted(Identity())
+    fits = fits_at(fitted, checkpoints(fitted))
+    each = [GradientCosine().attribute(f, found.query, measurement="margin").values for f in fits]
+    method = Ensemble(method=GradientCosine())
+    scores = method.attribute(fitted, found.query, fits=fits, measurement="margin")
+    torch.testing.assert_close(scores.values, torch.stack(each).mean(0))
+    assert scores.measurement == "margin" and scores.facts["members"] == 3
+    assert scores.facts["made_from"] == fitted.made_from
+
+
+def test_ranks_are_averaged():
+    found = shared("mlp")
+    fitted = found.fitted(Identity())
+    fits = fits_at(fitted, checkpoints(fitted))
+    each = [centered_ranks(GradientCosine().attribute(f, found.query).values) for f in fits]
+    scores = Ensemble(method=GradientCosine(), average="rank").attribute(
+        fitted, found.query, fits=fits
+    )
+    torch.testing.assert_close(scores.values.double(), sum(each) / 3, rtol=1e-6, atol=1e-7)
+    alone = Ensemble(method=GradientCosine(), average="rank").attribute(fitted, found.query)
+    plain = GradientCosine().attribute(fitted, found.query)
+    assert bool((spearman(alone.values, plain.values) > 1 - 1e-9).all()) and alone.unit == ""
+
+
+def test_influence_keeps_its_unit_and_papers():
+    found = case("mlp")
+    fits = [case("mlp").fit(EKFAC(seed=s), weight_decay=0.1) for s in (0, 1)]
+    scores = Ensemble(method=Influence(n_intervals=0)).attribute(fits[0], found.query, fits=fits)
+    assert scores.unit == "nats" and "arXiv:2308.03296" in scores.facts["papers"]
+    with pytest.raises(ValueError, match="same training examples"):
+        Ensemble().attribute(fits[0], found.query, fits=[shared("lm").fitted(Identity())])
