@@ -7,7 +7,7 @@ import torch
 from headwater.core.examples import Examples
 from headwater.core.fit import Fit
 from headwater.core.scores import Scores
-from headwater.trace import LESS, TRAK, LiSSA
+from headwater.trace import LESS, TRAK, LiSSA, Source
 from headwater.trace.base import Attributor
 
 
@@ -27,6 +27,8 @@ def run(method: Attributor, fit: Fit, queries: Examples, **options: Any) -> Scor
         method = TRAK(ridge=0.1)
     if method == LiSSA():  # its default is for larger models
         method = LiSSA(steps=6, n_samples=3, tolerance=9.0)
+    if method == Source():  # the shortest run has two steps
+        method = Source(segments=2)
     if isinstance(method, LESS):
         options = {"moments": [moments_like(fit, 0.01)]} | options
     return method.attribute(fit, queries, **options)  # type: ignore[call-arg]
