@@ -20,7 +20,7 @@ from torch import Tensor
 
 import headwater
 from headwater.core.curvature import EKFAC, Dual
-from headwater.core.examples import TensorExamples
+from headwater.core.examples import Examples, TensorExamples
 from headwater.core.fit import Fit, fits_at
 from headwater.core.scores import Scores
 from headwater.data.images import fashion_mnist, mnist5000
@@ -33,7 +33,7 @@ from headwater.numerics.resampling import (
 )
 from headwater.trace import GradientDot, Influence, Source, TracIn
 from headwater.training.bank import build_bank, random_masks
-from headwater.training.optimizers import SGD, AdamW, Optimizer, Stage
+from headwater.training.optimizers import SGD, AdamW, Optimizer, Stage, as_stages
 from headwater.training.run import train_model
 from headwater.training.trajectory import Trajectory
 
@@ -150,7 +150,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _fit(model, train: TensorExamples, run: Trajectory, curvature) -> Fit:
+def _fit(model, train: Examples, run: Trajectory, curvature) -> Fit:
     horizon = None if run.adaptive else run.horizon
     options = {"weight_decay": run.weight_decay or None, "adaptive": run.adaptive}
     return headwater.fit(
@@ -180,7 +180,8 @@ def scores_of(
         fit = _fit(model, workload.train, run, EKFAC(folds=1))
         for name, method in METHODS.items():
             asks = "decay" in name
-            if (chosen and name not in chosen) or (run.adaptive and asks):
+            short = name.endswith("L = 1") and len(run.stages) > 1  # a stage is a segment at least
+            if (chosen and name not in chosen) or (run.adaptive and asks) or short:
                 continue
             began = time.perf_counter()
             values = method(fit, workload.queries, run).values.double()
@@ -294,7 +295,8 @@ def main(plan: Plan) -> None:
         if plan.only and name not in plan.only:
             continue
         began, folder = time.perf_counter(), plan.folder / name.replace(", ", "-").replace(" ", "-")
-        print(f"\n## {name}: {workload.optimizer}", flush=True)
+        rules = [s.optimizer for s in as_stages(workload.optimizer)]
+        print(f"\n## {name}: {', then '.join(map(str, rules))}", flush=True)
         judge(workload, folder, seeds=plan.seeds, repeats=plan.repeats)
         print(f"{time.perf_counter() - began:.0f} s", flush=True)
 

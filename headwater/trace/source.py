@@ -254,7 +254,7 @@ class Source(Attributor):
 
     def _method(self, fit: Fit) -> CurvatureMethod:
         """The form of the curvature, without what only intervals need."""
-        options = {"kind": self.curvature}
+        options: dict[str, Any] = {"kind": self.curvature}
         if self.curvature == "fit":
             options = dict(fit.facts["options"]["curvature"])
         kind = options.pop("kind")
@@ -274,7 +274,7 @@ class Source(Attributor):
         checkpoints = [record.load_checkpoint(i) for i in segment.checkpoints]
         if self.fast:
             checkpoints = [_mean(checkpoints)]
-        captures = [each.capture() for each in fits_at(fit, checkpoints)]
+        captures: list[Capture] = [each.capture() for each in fits_at(fit, checkpoints)]
         scales = _scales(fit, record, segment, separable=isinstance(method, KFAC | EKFAC))
         if scales:
             captures = [ScaledCapture(capture, scales) for capture in captures]

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import headwater
-from headwater.core.curvature import EKFAC, Dense, Dual, FitContext, Identity
+from headwater.core.curvature import EKFAC, Dense, Dual, Identity
 from headwater.core.examples import TensorExamples
 from headwater.core.fit import fits_at
-from headwater.core.scaling import ScaledCapture, exact_scale, separable_scale
 from headwater.core.task import Classification, Regression
 from headwater.trace.source import (
     Source,
@@ -292,44 +291,6 @@ def test_a_fast_segment_stands_at_the_mean_of_its_checkpoints(tmp_path):
     torch.testing.assert_close(found.values.double(), expected, rtol=1e-5, atol=1e-8)  # float32
 
 
-def test_ekfac_is_measured_in_one_basis_over_a_segments_checkpoints(tmp_path):
-    model, data, _, task, record = trained(tmp_path, SGD(lr=0.3, momentum=0.0, **SMALL))
-    fit = headwater.fit(model, data, task, curvature=EKFAC(fisher="exact", folds=1))
-    first, last = (fits_at(fit, [record.load_checkpoint(i)])[0] for i in (1, 4))
-    method = EKFAC(fisher="exact", folds=1, cut=0.0)
-    context = FitContext(first.capture(), data, fit.batches(data), others=[last.capture()])
-    curvature = method.fit(context)
-    mean = (dense_gauss_newton(first) + dense_gauss_newton(last)) / 2
-    start = 0
-    for layer in fit.followed:
-        block = mean[start : start + layer.numel, start : start + layer.numel]
-        start += layer.numel
-        Q_A, Q_G = curvature.bases[layer.name]
-        Q = torch.kron(Q_G.contiguous(), Q_A.contiguous())
-        torch.testing.assert_close(
-            (Q.mT @ block @ Q).diagonal(), curvature.eigenvalues[layer.name].flatten().double()
-        )
-
-
-def test_scaled_rows_are_scaled_gradients():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(16, 3)).double()
-    data = TensorExamples(torch.randn(5, 2, 3, 3).double(), torch.arange(5) % 3)
-    fit = headwater.fit(model, data, Classification(), curvature=Identity())
-    scales = {x.name: exact_scale(torch.rand(x.block).double() + 0.1) for x in fit.followed}
-    capture = ScaledCapture(fit.capture(), scales)
-    curvature = Dense().fit(FitContext(capture, data, fit.batches(data)))
-    S = torch.cat([scales[x.name].matrix.flatten() for x in fit.followed])
-    torch.testing.assert_close(curvature.matrix, S[:, None] * dense_gauss_newton(fit) * S)
-
-
-def test_a_separable_second_moment_scales_exactly():
-    u, v = torch.rand(3).double() + 0.1, torch.rand(4).double() + 0.1
-    torch.testing.assert_close(
-        separable_scale(torch.outer(u, v), 0.0).matrix, torch.outer(u, v) ** -0.25
-    )
-
-
 def test_ekfac_for_adam_ranks_like_whole_matrices(tmp_path):
     rule = AdamW(lr=0.01, eps=1e-3, **SMALL)
     model, data, queries, task, record = trained(tmp_path, rule, n=30)
@@ -342,7 +303,7 @@ def test_ekfac_for_adam_ranks_like_whole_matrices(tmp_path):
         for x in (found, ignored)
     )
     assert float(near) > 0.9 and float(near) > float(far)
-    # and the size is right, which no correlation shows
+    # and the size is about right, which no correlation shows
     assert 0.5 < float((found * expected).sum() / expected.square().sum()) < 2
 
 
