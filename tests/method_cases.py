@@ -8,7 +8,7 @@ from torch.func import functional_call
 from headwater.core.examples import Examples
 from headwater.core.fit import Fit
 from headwater.core.scores import Scores
-from headwater.trace import LESS, TRAK, Arnoldi, LiSSA
+from headwater.trace import LESS, TRAK, Arnoldi, LiSSA, Source
 from headwater.trace.base import Attributor
 from tests.curvature_cases import loss_gradients
 
@@ -31,6 +31,8 @@ def run(method: Attributor, fit: Fit, queries: Examples, **options: Any) -> Scor
         method = LiSSA(steps=6, n_samples=3, tolerance=9.0)
     if method == Arnoldi():
         method = Arnoldi(steps=12, rank=5)
+    if method == Source():  # the shortest run has two steps
+        method = Source(segments=2)
     if isinstance(method, LESS):
         options = {"moments": [moments_like(fit, 0.01)]} | options
     return method.attribute(fit, queries, **options)  # type: ignore[call-arg]

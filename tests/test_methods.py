@@ -38,9 +38,11 @@ def fitted(name: str):
     if name not in _FITS:
         found, folder = case(name), Path(mkdtemp())
         model, rule = copy.deepcopy(found.model), SGD(lr=0.02, batch_size=4, epochs=2)
-        run = train_model(model, found.train, found.task, rule, folder=folder, keep_optimizer=True)
+        record = train_model(
+            model, found.train, found.task, rule, folder=folder, keep_optimizer=True
+        )
         fit = headwater.fit(model, found.train, found.task, curvature=EKFAC(), weight_decay=0.01)
-        _FITS[name] = (fit, found.query, run)
+        _FITS[name] = (fit, found.query, record)
     return _FITS[name]
 
 

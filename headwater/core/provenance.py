@@ -42,6 +42,12 @@ PAPERS: dict[str, str] = {
   booktitle={Advances in Neural Information Processing Systems},
   year={2020}
 }""",
+    "arXiv:2405.12186": """@inproceedings{bae2024training,
+  title={Training Data Attribution via Approximate Unrolled Differentiation},
+  author={Bae, Juhan and Lin, Wu and Lorraine, Jonathan and Grosse, Roger},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2024}
+}""",
     "arXiv:2503.13751": """@article{engstrom2025optimizing,
   title={Optimizing {ML} Training with Metagradient Descent},
   author={Engstrom, Logan and Ilyas, Andrew and Chen, Benjamin and Feldmann, Axel and Moses, William and M{\\k{a}}dry},

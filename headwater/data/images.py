@@ -1,4 +1,4 @@
-"""Small real image sets that come inside Python packages, as vectors of pixels and labels.
+"""Real image sets that come inside packages, as vectors of pixels and labels.
 
 Pixels are float32. They are scaled by constants, the same for every pixel and image, so that no
 statistic of the images at hand (of queries least of all) enters an example; each function says how.
@@ -7,6 +7,7 @@ statistic of the images at hand (of queries least of all) enters an example; eac
 import gzip
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,43 @@ def digits() -> TensorExamples:
     Grey levels 0 to 16 are divided by 16; nothing is subtracted.
     """
     return _read("sklearn", "datasets/data/digits.csv.gz", name="digits", greatest=16.0)
+
+
+def fashion_mnist(
+    folder: str | Path, *, split: Literal["train", "test"] = "train"
+) -> TensorExamples:
+    """Fashion-MNIST's 60,000 or 10,000 pictures of clothes: 784 pixels, ten classes.
+
+    Grey values in [0, 1] are standardised as (x - 0.2860) / 0.3530, by the mean and the standard
+    deviation of all pixels of the training images.
+
+    Args:
+        folder: Where the four files in IDX format are, compressed as they are published; the
+            Debian package `dataset-fashion-mnist` has them.
+        split: "train" or "test".
+    """
+    stem = {"train": "train", "test": "t10k"}[split]
+    pixels = _idx(Path(folder) / f"{stem}-images-idx3-ubyte.gz").reshape(-1, 784)
+    labels = _idx(Path(folder) / f"{stem}-labels-idx1-ubyte.gz")
+    x = torch.from_numpy(((pixels / 255.0 - 0.2860) / 0.3530).astype(np.float32))
+    y = torch.from_numpy(labels.astype(np.int64))
+    ids = [f"fashion-{split}-{i}" for i in range(len(y))]
+    return TensorExamples(x, y, ids=ids, metadata={"label": y.tolist()})
+
+
+def _idx(path: Path) -> np.ndarray:
+    """An array of bytes in IDX format: two zeros, the type, how many axes, and their lengths."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; install the Debian package dataset-fashion-mnist, or give the folder of its files."
+        )
+    with gzip.open(path) as file:
+        content = file.read()
+    if content[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is no file of bytes in IDX format.")
+    start = 4 + 4 * content[3]
+    shape = np.frombuffer(content[4:start], ">u4")
+    return np.frombuffer(content[start:], np.uint8).reshape(shape)
 
 
 def _read(

@@ -116,6 +116,45 @@ def bootstrap_lds(
     )
 
 
+def bootstrap_lds_difference(
+    scores: Float[Tensor, "query n_train"],
+    others: Float[Tensor, "query n_train"],
+    masks: Bool[Tensor, "subset n_train"],
+    outcomes: Float[Tensor, "subset query"],
+    *,
+    n_samples: int = 1000,
+    confidence_level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """By how much the linear datamodeling score of one method is above another's.
+
+    Both are judged on the same queries and subsets in every draw, so that what makes a draw easy
+    or hard for both cancels; see `bootstrap_lds`.
+
+    Args:
+        scores: Those of the first method.
+        others: Those of the second.
+        masks: True where a subset holds an example.
+        outcomes: The measurement after training on each subset.
+        n_samples: Bootstrap draws.
+        confidence_level: Coverage that the interval aims at.
+        seed: Seed of the draws.
+    """
+    predictions = torch.stack([subset_predictions(each, masks) for each in (scores, others)])
+    defined = ~spearman(predictions, outcomes.T.expand_as(predictions)).isnan().any(0)
+    predictions, actual = average_ranks(predictions[:, defined]), average_ranks(outcomes.T[defined])
+
+    def difference(query: Int[Tensor, " query"], subset: Int[Tensor, " subset"]) -> float:
+        counts = subset.bincount(minlength=len(masks))
+        first, second = redrawn_spearman(predictions, actual.expand_as(predictions), counts)
+        return (first - second)[query].nanmean().item()
+
+    n = int(defined.sum())
+    sizes = (n, len(masks))
+    options = {"n_samples": n_samples, "confidence_level": confidence_level, "seed": seed}
+    return bootstrap(difference, sizes, n=n, **options)
+
+
 def spearman_brown(reliability: float, n: int) -> float:
     r"""Reliability of a mean of `n` repeats when one has `reliability` $\rho$.
 

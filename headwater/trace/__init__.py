@@ -15,6 +15,7 @@ from headwater.trace.less import LESS
 from headwater.trace.lissa import LiSSA
 from headwater.trace.random import Random
 from headwater.trace.similarity import EmbeddingSimilarity, RepresentationSimilarity
+from headwater.trace.source import Source
 from headwater.trace.tracin import TracIn
 from headwater.trace.trackstar import TrackStar
 from headwater.trace.trak import TRAK
@@ -36,6 +37,7 @@ __all__ = [
     "LiSSA",
     "Random",
     "RepresentationSimilarity",
+    "Source",
     "TracIn",
     "TrackStar",
     "Unrolling",

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwater.core.capture import Accumulator, Progress, sweep
+from headwater.core.capture import Progress, sweep
 from headwater.core.curvature import Preconditioned
 from headwater.core.examples import as_examples
 from headwater.core.fit import Fit

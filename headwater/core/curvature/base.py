@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import BatchPlan, Capture, Progress
+from headwater.core.checkpoint import Checkpoint
 from headwater.core.examples import Examples
 from headwater.core.gradients import Block, Gradients, inner
 
@@ -126,6 +127,7 @@ class FitContext:
         batches: How it is batched.
         progress: Called with (done, total, note).
         folder: Where unfinished work is kept, so that a killed fit goes on; None to keep none.
+        others: The same model with other weights, such as checkpoints of a run; the curvature is the mean over all.
     """
 
     capture: Capture
@@ -133,6 +135,18 @@ class FitContext:
     batches: Sequence[BatchPlan]
     progress: Progress | None = None
     folder: Path | None = None
+    others: Sequence[Capture] = ()
+
+    @property
+    def captures(self) -> list[Capture]:
+        """The model with each of its weights."""
+        return [self.capture, *self.others]
+
+    def checkpoint(self, stage: str, number: int) -> Checkpoint | None:
+        """Where the sweep of a stage with the weights of a number keeps its state."""
+        if self.folder is None:
+            return None
+        return Checkpoint(self.folder / (f"{stage} {number}" if number else stage))
 
 
 class CurvatureMethod(ABC):

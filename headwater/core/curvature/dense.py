@@ -82,9 +82,10 @@ class Dense(CurvatureMethod):
             )
         collect = CollectGradients(layers, factored=False)
         target = fisher_target(self.fisher, draws=self.draws, cut=self.cut, seed=self.seed)
-        sweep(context.capture, context.examples, [collect], target, batches=context.batches)
+        for capture in context.captures:
+            sweep(capture, context.examples, [collect], target, batches=context.batches)
         rows = collect.finish()[0].to_matrix()
-        n = float(len(context.examples))
+        n = float(len(context.examples) * len(context.captures))
         matrix = rows.mT @ rows / n
         if self.block_diagonal:
             sizes = [layer.numel for layer in layers]

@@ -22,7 +22,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import sweep
-from headwater.core.checkpoint import Checkpoint
 from headwater.core.curvature.base import (
     Curvature,
     CurvatureMethod,
@@ -45,16 +44,23 @@ from headwater.core.target import Fisher, fisher_target
 from headwater.numerics import spectral
 
 
-def gram_middle(
-    gram: Float[Tensor, "row row"], n: float, function: SpectralFunction, mean: float
-) -> tuple[Float[Tensor, "row row"], float]:
-    r"""The matrix M and $f(0)$ of $f(C) = f(0) I + V^\top M V$, by an eigendecomposition of the Gram matrix.
+def gram_eigen(
+    gram: Float[Tensor, "row row"], n: float
+) -> tuple[Float[Tensor, " rank"], Float[Tensor, "row rank"]]:
+    r"""Eigenvalues s and eigenvectors U of $\frac1N V V^\top$.
 
     Eigenvalues below 1e-10 of the largest are dropped: their directions are the null space but for rounding.
     """
     s, U = spectral.eigh(gram / n)
     keep = s > 1e-10 * s[-1]
-    s, U = s[keep], U[:, keep]
+    return s[keep], U[:, keep]
+
+
+def gram_middle(
+    eigen: tuple[Tensor, Tensor], n: float, function: SpectralFunction, mean: float
+) -> tuple[Float[Tensor, "row row"], float]:
+    r"""The matrix M and $f(0)$ of $f(C) = f(0) I + V^\top M V$."""
+    s, U = eigen
     f0 = float(function(s.new_zeros(1), mean))
     return (U * ((function(s, mean) - f0) / s / n)) @ U.mT, f0
 
@@ -118,6 +124,7 @@ class DualCurvature(Curvature):
         self.n_parameters = sum(_numel(block) for block in rows.blocks.values())
         self.facts = facts or {}
         self._spectrum: Tensor | None = None
+        self._eigen: tuple[Tensor, Tensor] | None = None
         self._solved: tuple[SpectralFunction, tuple[Tensor, float, bool]] | None = None
 
     @property
@@ -126,7 +133,9 @@ class DualCurvature(Curvature):
 
     def spectra(self) -> dict[str, Tensor]:
         if self._spectrum is None:
-            s = spectral.eigvalsh(self.gram / self.n_examples)[-self.n_parameters :]
+            known = None if self._eigen is None else self._eigen[0]
+            s = spectral.eigvalsh(self.gram / self.n_examples) if known is None else known
+            s = s[-self.n_parameters :]
             self._spectrum = torch.cat([s.new_zeros(self.n_parameters - len(s)), s])
         return {"all layers": self._spectrum}
 
@@ -153,7 +162,9 @@ class DualCurvature(Curvature):
                 "Raise the damping, or fit the model in float64.",
                 stacklevel=2,
             )
-        return *gram_middle(self.gram, n, function, mean), False
+        if self._eigen is None:  # kept, as those who ask for one function ask for others
+            self._eigen = gram_eigen(self.gram, n)
+        return *gram_middle(self._eigen, n, function, mean), False
 
     def _coefficients(self, queries: Gradients, function: SpectralFunction) -> tuple[Tensor, float]:
         """M V q for each query (query, row), and f(0)."""
@@ -276,22 +287,23 @@ class Dual(CurvatureMethod):
     def fit(self, context: FitContext) -> DualCurvature:
         target = fisher_target(self.fisher, draws=self.draws, cut=self.cut, seed=self.seed)
         collect = CollectGradients(context.capture.layers.values())
-        lost, folder = LostTrace(target), context.folder
-        sweep(
-            context.capture,
-            context.examples,
-            [collect, lost],
-            target,
-            batches=context.batches,
-            checkpoint=None if folder is None else Checkpoint(folder / "rows"),
-            progress=context.progress,
-            note="rows of the Gauss–Newton root",
-            stop=lambda: self._refuse(collect),
-        )
+        lost = LostTrace(target)
+        for number, capture in enumerate(context.captures):
+            sweep(
+                capture,
+                context.examples,
+                [collect, lost],
+                target,
+                batches=context.batches,
+                checkpoint=context.checkpoint("rows", number),
+                progress=context.progress,
+                note="rows of the Gauss–Newton root",
+                stop=lambda: self._refuse(collect),
+            )
         rows, _, folds = collect.finish()
         n_folds = torch.zeros(self.folds, dtype=torch.float64)
         for plan in context.batches:
-            n_folds[plan.fold] += len(plan.indices)
+            n_folds[plan.fold] += len(plan.indices) * len(context.captures)
         facts: dict[str, Any] = {"rows": len(rows)}
         if lost.share is not None:
             facts["lost_trace"] = lost.share

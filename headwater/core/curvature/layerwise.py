@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from headwater.core.capture import Precision, sweep
-from headwater.core.checkpoint import Checkpoint
 from headwater.core.curvature.base import (
     Curvature,
     CurvatureMethod,
@@ -191,9 +190,13 @@ class _Sampled(CurvatureMethod):
         seed: int,
         precision: Precision = "model",
     ) -> LostTrace:
-        """One resumable sweep of the labels' gradients, stopped early where that is asked for."""
+        """One resumable sweep of the labels' gradients with each of the model's weights, stopped early where asked."""
         target = fisher_target(self.fisher, draws=self.draws, cut=self.cut, seed=seed)
         batches, tolerance = list(context.batches), self.tolerance
+        if tolerance is not None and context.others:
+            raise ValueError(
+                "A mean curvature over several weights uses all data with each; pass tolerance=None."
+            )
         if tolerance is not None:
             # batches are sorted by length: mix them, so that a part is like the whole
             generator = torch.Generator().manual_seed(seed)
@@ -203,17 +206,18 @@ class _Sampled(CurvatureMethod):
             return tolerance is not None and accumulator.relative_error() < tolerance
 
         lost = LostTrace(target)
-        sweep(
-            context.capture.at(precision, context.examples),
-            context.examples,
-            [accumulator, lost],
-            target,
-            batches=batches,
-            checkpoint=None if context.folder is None else Checkpoint(context.folder / stage),
-            progress=context.progress,
-            note=stage,
-            stop=enough,
-        )
+        for number, capture in enumerate(context.captures):
+            sweep(
+                capture.at(precision, context.examples),
+                context.examples,
+                [accumulator, lost],
+                target,
+                batches=batches,
+                checkpoint=context.checkpoint(stage, number),
+                progress=context.progress,
+                note=stage,
+                stop=enough,
+            )
         return lost
 
 
