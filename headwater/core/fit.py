@@ -58,12 +58,29 @@ class Fit:
     facts: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 256
     batch_tokens: int = 4096
+    _stamps: dict[str, tuple[int, int]] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "_stamps", _stamps(self.model))
 
     @property
     def made_from(self) -> dict[str, str]:
         return self.facts["made_from"]
 
     def capture(self) -> Capture:
+        """The engine over the followed layers.
+
+        Raises:
+            ArtifactMismatch: The model's weights were changed since the fit was made.
+        """
+        now = _stamps(self.model)
+        changed = [name for name, stamp in now.items() if self._stamps.get(name) != stamp]
+        if changed and fingerprint_model(self.model) != self.made_from["model"]:
+            raise ArtifactMismatch(
+                f"The weights of the model were changed after the fit was made ({changed[0]} among others); fit again, "
+                "or fit a copy of the model and train the other."
+            )
+        object.__setattr__(self, "_stamps", now)
         return Capture(self.model, self.task, self.followed)
 
     @property
@@ -148,6 +165,11 @@ class Fit:
             f"{len(self.followed)} layers, {n:,} parameters = {100 * self.followed.coverage:.1f} % of the model, "
             f"{len(self.train):,} training examples)"
         )
+
+
+def _stamps(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Where each weight is, and how often it has been written in place: what changes when a model is trained on."""
+    return {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()}
 
 
 _VERIFIED = 2e9  # bytes up to which every checksum is looked at on loading: about four seconds

@@ -1,5 +1,7 @@
 """A fit is saved, recognised, refused, resumed; it knows its damping."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -276,3 +278,17 @@ def test_fits_at_checkpoints_have_their_weights_and_nothing_else_new():
 def test_a_checkpoint_of_another_model_is_refused(checkpoint, message):
     with pytest.raises(ValueError, match=message):
         fits_at(case("mlp").fit(EKFAC()), [checkpoint])[0]
+
+
+def test_weights_that_change_after_the_fit_are_noticed_and_the_same_weights_elsewhere_are_not():
+    found = case("mlp")
+    fitted = found.fit(EKFAC())
+    before = copy.deepcopy(found.model.state_dict())
+    found.model.load_state_dict(before)  # written in place, to the same
+    Influence(damping=0.1).attribute(fitted, found.query)
+    with torch.no_grad():
+        found.model[0].weight.mul_(2)
+    with pytest.raises(ArtifactMismatch, match=r"changed after the fit was made \(0\.weight among"):
+        Influence(damping=0.1).attribute(fitted, found.query)
+    found.model.load_state_dict(before)
+    Influence(damping=0.1).attribute(fitted, found.query)
