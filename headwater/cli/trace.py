@@ -159,9 +159,9 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
     queries = traced_queries(command, session)
     method = Influence(**asdict(command.method), n_intervals=command.top)
     known = {
-        "model": Path(record["fit"]["model"]).name,
-        "corpus": Path(record["fit"]["data"]).name,
-        "command": f"headwater trace {command.run.name}",
+        "model": "/".join(Path(record["fit"]["model"]).parts[-2:]),
+        "corpus": "/".join(Path(record["fit"]["data"]).parts[-2:]),
+        "command": f"headwater trace {command.run}",
     }
     with progress_bar(quiet=quiet) as progress:
         evidence = explain(

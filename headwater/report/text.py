@@ -47,6 +47,7 @@ _FACTS = {
     "curvature": "Curvature",
     "damping": "Damping",
     "damping_ratio": "Damping / mean eigenvalue",
+    "precision": "Products",
     "n_train": "Training examples",
     "n_heldout": "Held-out examples",
     "cost": "Cost",
@@ -259,6 +260,8 @@ def _fact(name: str, value: Any, others: dict[str, Any]) -> str:
         return _each(value, duration)
     if name == "peak_memory":
         return _each(value, size)
+    if name == "precision":
+        return "in the model's own precision" if value == "model" else f"in {quantity(value)}"
     return quantity(value)
 
 
