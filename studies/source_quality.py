@@ -11,7 +11,7 @@ data, half of each stage. Nothing is tuned on them: SOURCE has no damping, and E
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from headwater.core.curvature import EKFAC, Dual
 from headwater.core.examples import Examples, TensorExamples
 from headwater.core.fit import Fit, fits_at
 from headwater.core.scores import Scores
-from headwater.data.images import fashion_mnist, mnist5000
+from headwater.data.images import digits, fashion_mnist, mnist5000
 from headwater.models.vision import mlp
 from headwater.numerics.resampling import (
     Estimate,
@@ -37,7 +37,6 @@ from headwater.training.optimizers import SGD, AdamW, Optimizer, Stage, as_stage
 from headwater.training.run import train_model
 from headwater.training.trajectory import Trajectory
 
-SIZES = (784, 64, 32, 10)
 TASK = headwater.Classification(measurement_of="margin")
 DESCENT = {"momentum": 0.9, "weight_decay": 1e-3, "batch_size": 50}
 Method = Callable[[Fit, TensorExamples, Trajectory], Scores]
@@ -53,6 +52,7 @@ class Workload:
         groups: Number of the group of each query: which stage it is like.
         masks: Halves of the examples.
         optimizer: Optimizer, or stages.
+        sizes: Widths of the perceptron.
     """
 
     train: TensorExamples
@@ -60,6 +60,7 @@ class Workload:
     groups: Tensor
     masks: Tensor
     optimizer: Optimizer | list[Stage]
+    sizes: tuple[int, ...] = (784, 64, 32, 10)
 
 
 def workloads(fashion: Path | None, *, n: int, n_query: int, n_subsets: int) -> dict[str, Workload]:
@@ -76,6 +77,13 @@ def workloads(fashion: Path | None, *, n: int, n_query: int, n_subsets: int) -> 
     late = SGD(lr=0.05, schedule="linear", epochs=30, **DESCENT)
     adam = AdamW(lr=1e-3, weight_decay=0.0, batch_size=50, epochs=4, schedule="constant")
     x, y = _drawn(mnist5000(), n + n_query)
+    small, labels = _drawn(digits(), n + n_query)
+    tiny = single | {
+        "train": TensorExamples(small[:n], labels[:n]),
+        "queries": TensorExamples(small[n:], labels[n:]),
+        "sizes": (64, 48, 10),
+    }
+    plain = replace(late, schedule="constant")
     turned = torch.arange(n + n_query) % 2 == 1
     x = torch.where(turned[:, None], x.unflatten(1, (28, 28)).rot90(1, (1, 2)).flatten(1), x)
     first, second = ((turned[:n] == stage).nonzero()[:, 0] for stage in (False, True))
@@ -88,6 +96,8 @@ def workloads(fashion: Path | None, *, n: int, n_query: int, n_subsets: int) -> 
         "stopped early": Workload(optimizer=early, **single),
         "trained long": Workload(optimizer=late, **single),
         "Adam, stopped early": Workload(optimizer=adam, **single),
+        "digits, 4 epochs": Workload(optimizer=replace(plain, epochs=4), **tiny),
+        "digits, 30 epochs": Workload(optimizer=plain, **tiny),
         "two stages": Workload(
             train=TensorExamples(x[:n], y[:n]),
             queries=TensorExamples(x[n:], y[n:]),
@@ -165,7 +175,7 @@ def scores_of(
     found: dict[str, list[Tensor]] = {}
     seconds: dict[str, float] = {}
     for seed in range(seeds):
-        model = mlp(SIZES, seed=seed)
+        model = mlp(workload.sizes, seed=seed)
         run = train_model(
             model,
             workload.train,
@@ -195,7 +205,7 @@ def outcomes_of(workload: Workload, folder: Path, repeats: int) -> Tensor:
     x, y = workload.train.tensors
     bank = build_bank(
         folder / "bank",
-        lambda seed: mlp(SIZES, seed=seed),
+        lambda seed: mlp(workload.sizes, seed=seed),
         (x, y),
         tuple(workload.queries.tensors),  # type: ignore[arg-type]
         workload.masks,

@@ -240,10 +240,10 @@ class Source(Attributor):
             )
             curvature = method.fit(context)
             dynamics = self._dynamics(record, segment, stage)
-            facts = _watch(curvature, dynamics, record, segment, before=k)
             asked = scaled(v, scales)
             n_rows = sum(data.lengths) if data.lengths else len(data)
             prepared = curvature.prepare(asked, Response(**vars(dynamics)), n_rows)
+            facts = _watch(curvature, dynamics, record, segment, before=k)
             values = torch.zeros(len(v), len(fit.train), dtype=torch.float64)
             products = _mean_products(fit, captures, prepared, data, progress)
             values[:, seen] = -dynamics.weight / len(seen) * products
