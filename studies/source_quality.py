@@ -3,8 +3,9 @@
 The workloads are small, after those of Bae et al. (2024, arXiv:2405.12186): clothes (Fashion-MNIST; MNIST digits
 where its files are not at hand) classified by a perceptron that is stopped early or trained long, and digits seen
 upright in a first stage and turned by 90 degrees in a second. Ground truth are retrainings on random halves of the
-data, half of each stage. Nothing is tuned on them: SOURCE has no damping, and EK-FAC's are the field's default
-(0.1 times each layer's mean eigenvalue), the run's weight decay, and that plus one over the horizon.
+data, half of each stage. SOURCE has no damping to tune. EK-FAC's are the field's default (0.1 times each layer's mean
+eigenvalue), the run's weight decay, and that plus one over the horizon; the sweep tells what tuning on the test would
+have given.
 
     python studies/source_quality.py --folder runs/source --fashion /usr/share/datasets/fashion-mnist
 """
@@ -150,6 +151,9 @@ METHODS: dict[str, Method] = {
     "EK-FAC, 0.1 x mean": influence("0.1 relative"),
     "EK-FAC, weight decay": influence("weight_decay"),
     "EK-FAC, decay + 1/horizon": influence("horizon"),
+    "sweep: EK-FAC, 1 x mean": influence("1 relative"),
+    "sweep: EK-FAC, 10 x mean": influence("10 relative"),
+    "sweep: EK-FAC, 100 x mean": influence("100 relative"),
     "SOURCE, L = 1": source(segments=1),
     "SOURCE, L = 2": source(segments=2),
     "SOURCE, L = 3": source(segments=3),
