@@ -3,15 +3,16 @@
 The workloads are small, after those of Bae et al. (2024, arXiv:2405.12186): clothes (Fashion-MNIST; MNIST digits
 where its files are not at hand) classified by a perceptron that is stopped early or trained long, and digits seen
 upright in a first stage and turned by 90 degrees in a second. Ground truth are retrainings on random halves of the
-data, half of each stage. Nothing is tuned on them: SOURCE has no damping, and EK-FAC's are the field's default
-(0.1 times each layer's mean eigenvalue), the run's weight decay, and that plus one over the horizon.
+data, half of each stage. SOURCE has no damping to tune. EK-FAC's are the field's default (0.1 times each layer's mean
+eigenvalue), the run's weight decay, and that plus one over the horizon; the sweep tells what tuning on the test would
+have given.
 
     python studies/source_quality.py --folder runs/source --fashion /usr/share/datasets/fashion-mnist
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from headwater.core.curvature import EKFAC, Dual
 from headwater.core.examples import Examples, TensorExamples
 from headwater.core.fit import Fit, fits_at
 from headwater.core.scores import Scores
-from headwater.data.images import fashion_mnist, mnist5000
+from headwater.data.images import digits, fashion_mnist, mnist5000
 from headwater.models.vision import mlp
 from headwater.numerics.resampling import (
     Estimate,
@@ -37,7 +38,6 @@ from headwater.training.optimizers import SGD, AdamW, Optimizer, Stage, as_stage
 from headwater.training.run import train_model
 from headwater.training.trajectory import Trajectory
 
-SIZES = (784, 64, 32, 10)
 TASK = headwater.Classification(measurement_of="margin")
 DESCENT = {"momentum": 0.9, "weight_decay": 1e-3, "batch_size": 50}
 Method = Callable[[Fit, TensorExamples, Trajectory], Scores]
@@ -53,6 +53,7 @@ class Workload:
         groups: Number of the group of each query: which stage it is like.
         masks: Halves of the examples.
         optimizer: Optimizer, or stages.
+        sizes: Widths of the perceptron.
     """
 
     train: TensorExamples
@@ -60,6 +61,7 @@ class Workload:
     groups: Tensor
     masks: Tensor
     optimizer: Optimizer | list[Stage]
+    sizes: tuple[int, ...] = (784, 64, 32, 10)
 
 
 def workloads(fashion: Path | None, *, n: int, n_query: int, n_subsets: int) -> dict[str, Workload]:
@@ -76,6 +78,13 @@ def workloads(fashion: Path | None, *, n: int, n_query: int, n_subsets: int) -> 
     late = SGD(lr=0.05, schedule="linear", epochs=30, **DESCENT)
     adam = AdamW(lr=1e-3, weight_decay=0.0, batch_size=50, epochs=4, schedule="constant")
     x, y = _drawn(mnist5000(), n + n_query)
+    small, labels = _drawn(digits(), n + n_query)
+    tiny = single | {
+        "train": TensorExamples(small[:n], labels[:n]),
+        "queries": TensorExamples(small[n:], labels[n:]),
+        "sizes": (64, 48, 10),
+    }
+    plain = replace(late, schedule="constant")
     turned = torch.arange(n + n_query) % 2 == 1
     x = torch.where(turned[:, None], x.unflatten(1, (28, 28)).rot90(1, (1, 2)).flatten(1), x)
     first, second = ((turned[:n] == stage).nonzero()[:, 0] for stage in (False, True))
@@ -88,6 +97,8 @@ def workloads(fashion: Path | None, *, n: int, n_query: int, n_subsets: int) -> 
         "stopped early": Workload(optimizer=early, **single),
         "trained long": Workload(optimizer=late, **single),
         "Adam, stopped early": Workload(optimizer=adam, **single),
+        "digits, 4 epochs": Workload(optimizer=replace(plain, epochs=4), **tiny),
+        "digits, 30 epochs": Workload(optimizer=plain, **tiny),
         "two stages": Workload(
             train=TensorExamples(x[:n], y[:n]),
             queries=TensorExamples(x[n:], y[n:]),
@@ -140,6 +151,9 @@ METHODS: dict[str, Method] = {
     "EK-FAC, 0.1 x mean": influence("0.1 relative"),
     "EK-FAC, weight decay": influence("weight_decay"),
     "EK-FAC, decay + 1/horizon": influence("horizon"),
+    "sweep: EK-FAC, 1 x mean": influence("1 relative"),
+    "sweep: EK-FAC, 10 x mean": influence("10 relative"),
+    "sweep: EK-FAC, 100 x mean": influence("100 relative"),
     "SOURCE, L = 1": source(segments=1),
     "SOURCE, L = 2": source(segments=2),
     "SOURCE, L = 3": source(segments=3),
@@ -165,7 +179,7 @@ def scores_of(
     found: dict[str, list[Tensor]] = {}
     seconds: dict[str, float] = {}
     for seed in range(seeds):
-        model = mlp(SIZES, seed=seed)
+        model = mlp(workload.sizes, seed=seed)
         run = train_model(
             model,
             workload.train,
@@ -195,7 +209,7 @@ def outcomes_of(workload: Workload, folder: Path, repeats: int) -> Tensor:
     x, y = workload.train.tensors
     bank = build_bank(
         folder / "bank",
-        lambda seed: mlp(SIZES, seed=seed),
+        lambda seed: mlp(workload.sizes, seed=seed),
         (x, y),
         tuple(workload.queries.tensors),  # type: ignore[arg-type]
         workload.masks,

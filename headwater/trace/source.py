@@ -240,10 +240,10 @@ class Source(Attributor):
             )
             curvature = method.fit(context)
             dynamics = self._dynamics(record, segment, stage)
-            facts = _watch(curvature, dynamics, record, segment, before=k)
             asked = scaled(v, scales)
             n_rows = sum(data.lengths) if data.lengths else len(data)
             prepared = curvature.prepare(asked, Response(**vars(dynamics)), n_rows)
+            facts = _watch(curvature, dynamics, record, segment, before=k)
             values = torch.zeros(len(v), len(fit.train), dtype=torch.float64)
             products = _mean_products(fit, captures, prepared, data, progress)
             values[:, seen] = -dynamics.weight / len(seen) * products
@@ -405,7 +405,7 @@ def _watch(
     gone = float((left.abs() < _GONE).double().mean())
     largest = float(dynamics.eigenvalues(spectrum).max())
     step = max(record.lr[segment.start : segment.stop], default=0.0) * largest
-    if step > 2 * (1 + segment.momentum):
+    if step > _limit(record.stages[segment.stage]):
         warnings.warn(
             f"Steps {segment.start} to {segment.stop} have a learning rate times largest eigenvalue of {step:.3g}, "
             "where descent is unstable: is the curvature that of the loss, as the record's steps divided it? "
@@ -426,6 +426,13 @@ def _watch(
         "largest_step": step,
         "forgotten": gone,
     } | {name: value for name, value in vars(dynamics).items() if name != "rates"}
+
+
+def _limit(stage: StageRecord) -> float:
+    """Learning rate times eigenvalue above which descent along a velocity or a running mean is unstable."""
+    if not stage.betas:
+        return 2 * (1 + stage.momentum)
+    return 2 * (1 + stage.betas[0]) / (1 - stage.betas[0])
 
 
 def _told(method: CurvatureMethod) -> dict[str, Any]:
