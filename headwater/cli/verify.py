@@ -84,7 +84,11 @@ def verify(command: Verify, *, quiet: bool = False) -> "Verification":
             f"{command.run} holds no trace to verify; ask one with `headwater trace {command.run} --prompt …`."
         )
     record = read_json(command.run / RUN)
-    tuning = _tuning(Path(record["fit"]["model"]))
+    if name not in record.get("traces", {}):  # killed before it was recorded
+        raise ValueError(
+            f"{command.run / RUN} does not say how the trace {name!r} was asked; ask it again with `headwater trace`."
+        )
+    tuning, source = _tuning(Path(record["fit"]["model"]))
     evidence = Evidence.load(command.run / "traces" / name)
     asked = record["traces"][name]
     asked["method"] = restore(InfluenceFlags, asked["method"])
@@ -99,54 +103,74 @@ def verify(command: Verify, *, quiet: bool = False) -> "Verification":
         )
     folder = command.run / "verify" / name
     options = {k: v for k, v in asdict(command).items() if k not in ("run", "name", "json")}
-    made = fingerprint_json([options, tuning, evidence.facts.get("question"), list(said)])
+    made = fingerprint_json([options, tuning, source, evidence.facts.get("question"), list(said)])
     place = folder / f"{made[:16]}.json"
     if place.is_file():
         say(f"  read from {place}")
         return Verification.load(place)
-    found = _verify(command, question, tuning, folder, quiet=quiet)
+    found = _verify(command, question, tuning, source, folder, quiet=quiet)
     found.save(place)
     say(f"  saved in {place}")
     return found
 
 
-def _tuning(model: Path) -> dict[str, Any]:
-    """The record of the fine-tuning that made a model."""
+def _tuning(model: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The record of the fine-tuning that made a model, and the fingerprints of what it was made from."""
     from headwater.core.files import read_json
+    from headwater.training.trajectory import Trajectory
 
+    if not model.is_dir():
+        raise FileNotFoundError(
+            f"{model}, the model of this run, is no longer there; move it back, or fit again where it is now."
+        )
     if not (model / FINETUNE).is_file():
         raise FileNotFoundError(
             f"{model} has no {FINETUNE}: only runs of `headwater finetune` can be repeated here. Run it again with the "
             "same options (a finished run is found, not repeated), or verify from Python with "
             "headwater.training.verify.verify and your own training."
         )
-    return read_json(model / FINETUNE)
+    return read_json(model / FINETUNE), Trajectory.load(model).made_from
 
 
 def _verify(
-    command: Verify, question: "Trace", tuning: dict[str, Any], folder: Path, *, quiet: bool
+    command: Verify,
+    question: "Trace",
+    tuning: dict[str, Any],
+    source: dict[str, str],
+    folder: Path,
+    *,
+    quiet: bool,
 ) -> "Verification":
     import torch
 
     from headwater.cli.finetune import Finetune
     from headwater.cli.flags import DataFlags
     from headwater.cli.trace import traced_queries
-    from headwater.core.fingerprint import fingerprint_json
+    from headwater.core.fingerprint import fingerprint_json, fingerprint_model
     from headwater.core.fit import load
     from headwater.core.task import CausalLM
     from headwater.models.language import load_language_model
     from headwater.trace.influence import Influence
     from headwater.training.finetune import finetune
+    from headwater.training.trajectory import FILE
     from headwater.training.verify import changes, verify
 
-    session, _ = run_session(command.run)
+    session, record = run_session(command.run)
     again = restore(Finetune, tuning | {"columns": restore(DataFlags, tuning["columns"])})
     base = load_language_model(again.model, dtype=again.dtype, base=again.base)
     examples = read_examples(again.data, again.columns, base)
-    if examples.ids != session.train.ids:
+    given = {"model": fingerprint_model(base.model), "data": examples.fingerprint()}
+    changed = [name for name, value in given.items() if source[name] != value]
+    if changed:
+        place = {"model": again.model, "data": again.data}[changed[0]]
+        raise ValueError(
+            f"{place} has changed since the fine-tuning, which can no longer be repeated; bring it back as it was, or "
+            "fine-tune and fit again."
+        )
+    if session.train.fingerprint() != given["data"]:
         raise ValueError(
             f"{again.model} was fine-tuned on {again.data}, and the fit was made on other examples; fit on the data "
-            "the model was trained on."
+            "the model was trained on, with the same columns and --max-length."
         )
     fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
     queries = traced_queries(question, session)
@@ -177,6 +201,9 @@ def _verify(
             progress=bar,
         )
         values = measured(done.language.model)
+        (
+            out / FILE
+        ).unlink()  # first: without it, what a kill leaves of the folder is no finished run
         shutil.rmtree(out)
         return values
 
@@ -192,9 +219,12 @@ def _verify(
         chosen = [q - 1 for q in command.query] or None
         planned = changes(scores, k=command.top, queries=chosen, seed=command.random_seed)
         seeds = [again.seed + i for i in range(command.seeds)]
-        before = measured(session.language.model) if command.seeds == 1 else None
-        made = fingerprint_json([tuning, measurement, queries.fingerprint(), n])
-        return verify(
+        alike = (
+            record["fit"]["weights"]["dtype"] == again.dtype
+        )  # else it would not be the same run
+        before = measured(session.language.model) if command.seeds == 1 and alike else None
+        made = fingerprint_json([tuning, source, measurement, queries.fingerprint(), n])
+        found = verify(
             retrain,
             scores,
             planned,
@@ -203,6 +233,8 @@ def _verify(
             cache=folder / "measured" / made[:16],
             progress=bar,
         )
+    asked = {queries.ids[q] for q in chosen or range(n)}
+    return replace(found, outcomes=tuple(o for o in found.outcomes if o.query_id in asked))
 
 
 def _measured(model: "nn.Module", queries: Any, measurement: str) -> "Tensor":

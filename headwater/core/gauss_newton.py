@@ -11,28 +11,32 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from headwater.core.capture import BatchPlan, Capture
 from headwater.core.examples import Examples, to_device
 from headwater.core.follow import evaluation_mode
 from headwater.core.gradients import Gradients, dense
 from headwater.core.layers import Layer
+from headwater.core.prediction import Prediction
 from headwater.core.task import Task
 
 
-class _Outputs(nn.Module):
-    """The outputs of a task's prediction, as a module, so that its parameters can be replaced."""
+class _Predicted(nn.Module):
+    """A task's prediction as a module, so that the model's parameters can be replaced."""
 
     def __init__(self, model: nn.Module, task: Task):
         super().__init__()
         self.model, self.task = model, task
 
-    def forward(self, batch: Any) -> Tensor:
-        return self.task.predict(self.model, batch).outputs
+    def forward(self, batch: Any) -> Prediction:
+        return self.task.predict(self.model, batch)
 
 
 class GaussNewtonProduct:
     """The exact Gauss–Newton matrix of a model over a dataset, known by its products.
+
+    A model in half precision is run in float32, whose products are precise enough to solve systems with.
 
     Args:
         capture: The model with its followed layers.
@@ -56,12 +60,19 @@ class GaussNewtonProduct:
             at_once,
         )
         self.layers = list(capture.layers.values())
-        self._module = _Outputs(capture.model, capture.task)
+        self._module = _Predicted(capture.model, capture.task)
         named = dict(capture.model.named_parameters(remove_duplicate=False))
         self._parameters = {
-            f"model.{name}": named[name].detach()
+            f"model.{name}": _wide(named[name].detach())
             for layer in self.layers
             for name in layer.parameters
+        }
+        followed = {id(named[n]) for layer in self.layers for n in layer.parameters}
+        others = [*capture.model.named_parameters(), *capture.model.named_buffers()]
+        self._others = {
+            f"model.{name}": _wide(x.detach())
+            for name, x in others
+            if id(x) not in followed and _wide(x) is not x
         }
 
     def __call__(self, gradients: Gradients) -> Gradients:
@@ -83,6 +94,7 @@ class GaussNewtonProduct:
         with evaluation_mode(self.capture.model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             for plan in self.batches:
                 batch = to_device(self.examples.batch(plan.indices), self.capture.device)
+                batch = pytree.tree_map_only(Tensor, _wide, batch)
                 for name, part in self._batch(batch, tangents).items():
                     total[name.removeprefix("model.")] += part
         n = sum(len(plan.indices) for plan in self.batches)
@@ -91,10 +103,14 @@ class GaussNewtonProduct:
 
     def _batch(self, batch: Any, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
         """The product over one batch, summed over its examples, for parameters by their names here."""
-        prediction = self.capture.task.predict(self.capture.model, batch)
+
+        def predicted(parameters: dict[str, Tensor]) -> Prediction:
+            return functional_call(self._module, self._others | parameters, (batch,))
 
         def outputs(parameters: dict[str, Tensor]) -> Tensor:
-            return functional_call(self._module, parameters, (batch,))
+            return predicted(parameters).outputs
+
+        prediction = predicted(self._parameters)
 
         pull = vjp(outputs, self._parameters)[1]
 
@@ -112,7 +128,9 @@ class HessianProduct(GaussNewtonProduct):
         total = _TotalLoss(self.capture.model, self.capture.task)
 
         def gradient(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-            return grad(lambda theta: functional_call(total, theta, (batch,)))(parameters)
+            return grad(lambda theta: functional_call(total, self._others | theta, (batch,)))(
+                parameters
+            )
 
         def one(tangent: dict[str, Tensor]) -> dict[str, Tensor]:
             return jvp(gradient, (self._parameters,), (tangent,))[1]
@@ -129,6 +147,11 @@ class _TotalLoss(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self.task.loss(self.model, batch).sum()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 where it was in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def template(layers: Sequence[Layer], like: Tensor) -> Gradients:

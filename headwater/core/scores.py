@@ -1,5 +1,6 @@
 """Scores: how each training example bears on each query."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ class Scores:
         if self.train_ids != other.train_ids or len(self) != len(other):
             raise ValueError(
                 "A contrast needs scores of as many queries over the same training examples. Where only the strongest "
-                "were kept, ask for it at once: attribute(..., weights=[[1.0, -1.0]])."
+                "were kept, ask for it at once: attribute(..., weights=torch.tensor([[1.0, -1.0]]))."
             )
         ids = [f"{a} - {b}" for a, b in zip(self.query_ids, other.query_ids, strict=True)]
         control = None
@@ -204,9 +205,8 @@ class Scores:
             for name in _TENSORS:
                 if getattr(self, name) is not None:
                     writer.tensor(name, getattr(self, name))
-            writer.table(
-                "train", {"id": self.train_ids} | {f"meta:{k}": v for k, v in self.metadata.items()}
-            )
+            columns = dict(_to_column(k, v) for k, v in self.metadata.items())
+            writer.table("train", {"id": self.train_ids} | columns)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Scores":
@@ -214,7 +214,7 @@ class Scores:
         artifact = Artifact.open(folder, kind="scores")
         tensors = {n: artifact.tensor(n) for n in _TENSORS if n in artifact.tensor_names}
         columns = artifact.table("train").to_pydict()
-        metadata = {k.removeprefix("meta:"): v for k, v in columns.items() if k.startswith("meta:")}
+        metadata = dict(_from_column(k, v) for k, v in columns.items() if k != "id")
         facts = dict(artifact.facts)
         if totals := facts.pop("totals", None):
             ends = {k: torch.tensor(totals[k]) for k in ("raised", "lowered")}
@@ -260,6 +260,20 @@ class Scores:
         if q > 5:
             lines.append(f"  … and {q - 5} more queries")
         return "\n".join(lines)
+
+
+def _to_column(name: str, values: list) -> tuple[str, list]:
+    """A column of metadata as tables have it: of one type; values of several types, and nested ones, as JSON."""
+    kinds = {type(v) for v in values if v is not None}
+    if len(kinds) <= 1 and not kinds & {dict, list, tuple}:
+        return f"meta:{name}", values
+    return f"json:{name}", [json.dumps(v, default=str) for v in values]
+
+
+def _from_column(name: str, values: list) -> tuple[str, list]:
+    """Inverse of `_to_column`."""
+    kind, _, name = name.partition(":")
+    return name, [json.loads(v) for v in values] if kind == "json" else values
 
 
 _TENSORS = ("values", "low", "high", "significance", "control", "by_layer", "layer_totals")

@@ -41,7 +41,9 @@ class _Products(Accumulator):
     def end_batch(self, batch: BatchInfo) -> None:
         total, rest, self._batch = self._batch, self.queries.finish_batch(), None
         if total is not None:
-            self._store((total if rest is None else total + rest).cpu(), batch.indices)
+            scores = (total if rest is None else total + rest).cpu()
+            _check_finite(scores, batch)
+            self._store(scores, batch.indices)
 
     @abstractmethod
     def _store(self, scores: Float[Tensor, "query row"], index: Tensor) -> None:
@@ -50,6 +52,20 @@ class _Products(Accumulator):
     @abstractmethod
     def _store_layer(self, name: str, part: Float[Tensor, "query row"], index: Tensor) -> None:
         """Take one layer's part of them."""
+
+
+def _check_finite(scores: Float[Tensor, "query row"], batch: BatchInfo) -> None:
+    """Refuse products that no ranking can be made of; what is wrong is a gradient, as losses were checked."""
+    broken = (~scores.isfinite()).nonzero()
+    if not len(broken):
+        return
+    query, row = broken[0].tolist()
+    number = int(batch.indices[row])
+    name = f"number {number}" if batch.ids is None else repr(batch.ids[number])
+    raise FloatingPointError(
+        f"The gradients of example {name} and of query {query} have the product {scores[query, row].item()}; look at "
+        "both, or load the model with dtype='float32' if its weights are in half precision."
+    )
 
 
 class PairScores(_Products):

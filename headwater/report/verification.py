@@ -34,6 +34,8 @@ def show(found: Verification, console: Console | None = None) -> None:
             table.add_row(*cells, style="dim" if o.control else "", end_section=i == len(rows) - 1)
     console.print(table)
     won = found.beats_chance
+    if not won:
+        return
     console.print(
         f"Leaving out the top examples moved {sum(won)} of {len(won)} completions further down than leaving out as "
         "many at random did.",

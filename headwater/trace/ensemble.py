@@ -59,12 +59,20 @@ class Ensemble(Attributor):
             queries: Examples, a tuple of tensors, or a dataset, like the training data.
             fits: One fit for each model of the ensemble, of the same training data; `fit` alone when left out.
             options: Passed on to the method.
+
+        Raises:
+            ValueError: The method keeps only some of the scores.
         """
         examples, each = as_examples(queries), members(fit, fits)
         total: Tensor | float = 0.0
         first: Scores | None = None
         for one in map(partial(same_data, fit), each):
             scores = self.method.attribute(one, examples, **options)
+            if len(scores.train_ids) < len(fit.train):
+                raise ValueError(
+                    f"The method kept {len(scores.train_ids)} of {len(fit.train)} examples, each fit its own; an "
+                    "ensemble needs the scores of all: leave out keep."
+                )
             values = scores.values.double()
             total = total + (values if self.average == "value" else centered_ranks(values))
             first = first or scores

@@ -53,7 +53,15 @@ def query_gradients(
     weights: Float[Tensor, "group query"] | None = None,
     progress: Progress | None = None,
 ) -> Gradients:
-    """Gradients of the measurement of each query, or of weighted groups of queries."""
+    """Gradients of the measurement of each query, or of weighted groups of queries.
+
+    Raises:
+        ValueError: The weights are not of these queries.
+    """
+    if weights is not None and weights.shape[-1] != len(queries):
+        raise ValueError(
+            f"Expected weights (group, query) of {len(queries)} queries; got shape {tuple(weights.shape)}."
+        )
     capture = fit.capture()
     collect = CollectGradients(capture.layers.values())
     sweep(
@@ -111,16 +119,16 @@ def score(
     """
     train, layers = fit.train, [layer.name for layer in fit.followed] if by_layer else []
     found: dict[str, Any] = {"n_train": len(train), "layers": layers}
+    names, group = groups_of(train.metadata, group_by) if group_by else ([], None)
     if keep is None:
         _check_size(prepared.n, len(train), len(layers))
-        names, kept = [], train
+        kept = train
     else:
-        names, group = groups_of(train.metadata, group_by) if group_by else ([], None)
         strongest = StrongestScores(prepared, keep, groups=group, by_layer=layers)
         _gather(fit, train, [strongest], progress, "scores", precision)
         found["kept"] = strongest.finish().tolist()
         kept, precision = train.subset(found["kept"]), "model"
-        raised, lowered = (scale * strongest.totals).flip(0).float()
+        raised, lowered = (scale * strongest.totals + 0.0).flip(0).float()  # no -0.0
         if group is not None:
             counts = group.bincount(minlength=len(names)).tolist()
             found["totals"] = GroupTotals(

@@ -150,7 +150,7 @@ class LESS(Attributor):
             projection = Joint(self.dim, seed=self.seed)
         else:
             longest = max(max(layer.shape[1:]) for layer in fit.followed)
-            projection = TwoSided(self.rank or longest, seed=self.seed)
+            projection = TwoSided(longest if self.rank is None else self.rank, seed=self.seed)
         kept = {
             layer.name: tuple(moment_of(layer, moments, m) for m in ("mean", "square"))
             for layer in fit.followed

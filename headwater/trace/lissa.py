@@ -59,6 +59,12 @@ class LiSSA(Attributor):
     tolerance: float = 0.1
     seed: int = 0
 
+    def __post_init__(self):
+        if min(self.steps, self.repeats) < 1:
+            raise ValueError(
+                f"steps and repeats must be 1 or more; got {self.steps} and {self.repeats}."
+            )
+
     def attribute(
         self,
         fit: Fit,

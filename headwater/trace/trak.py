@@ -193,7 +193,7 @@ class TRAK(Attributor):
     def _projection(self, fit: Fit, seed: int) -> Projection:
         if self.dim is not None:
             return Joint(self.dim, seed=seed)
-        rank = self.rank or affordable_rank(fit.followed, len(fit.train))
+        rank = affordable_rank(fit.followed, len(fit.train)) if self.rank is None else self.rank
         return TwoSided(rank, seed=seed)
 
 

@@ -114,8 +114,8 @@ def finetune(
         "warmup": warmup,
         "seed": seed,
     }
-    if weights:
-        options["weights"] = _checked(weights, examples)
+    if weights and (counted := _checked(weights, examples)):
+        options["weights"] = counted
     made_from = {
         "model": fingerprint_model(language.model),
         "data": examples.fingerprint(),
@@ -146,10 +146,14 @@ def finetune(
 
 
 def _checked(weights: Mapping[str, float], examples: Examples) -> dict[str, float]:
+    """The weights that are not 1, in the order of their ids."""
     unknown = set(weights) - set(examples.ids)
     if unknown:
         raise ValueError(f"weights name {sorted(unknown)[0]!r}, which is no training example.")
-    return {name: float(w) for name, w in sorted(weights.items())}
+    broken = [name for name, w in weights.items() if not math.isfinite(w)]
+    if broken:
+        raise ValueError(f"Weights must be finite; that of {broken[0]!r} is {weights[broken[0]]}.")
+    return {name: float(w) for name, w in sorted(weights.items()) if w != 1}
 
 
 def _finished(out: Path, language: LanguageModel, made_from: dict[str, str]) -> Finetuned:

@@ -162,6 +162,7 @@ class Run:
         """What step k descends: its examples' weighted losses over its normalizer."""
         losses = self.losses(parameters, batch)
         if weights is not None:
+            weights = weights[..., None] if weights.ndim < losses.ndim else weights
             losses = losses * weights[..., : losses.shape[-1]]
         return losses.sum() / self.trajectory.normalizers[k]
 
@@ -249,15 +250,22 @@ def train_model(
 
     Raises:
         FloatingPointError: The loss of a step, or the parameters at the end, were not finite.
+        ValueError: There is not one weight for each example.
     """
     examples, stages = as_examples(train), as_stages(optimizer)
+    if weights is not None and len(weights) != len(examples):
+        raise ValueError(
+            f"Expected a weight for each of {len(examples)} examples; got {len(weights)}."
+        )
     plan = _plan(model, examples, task, stages, normalize, seed)
     parameters = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     made_from = {
         "model": fingerprint_model(model),
         "data": examples.fingerprint(),
         "options": fingerprint_json(
-            [stage.optimizer.facts for stage in stages] + [normalize, seed]
+            [stage.optimizer.facts for stage in stages]
+            + [normalize, seed]
+            + ([] if weights is None else [weights.tolist()])
         ),
     }
     lengths = [stage.stop - stage.start for stage in plan.stages]

@@ -74,7 +74,20 @@ def changes(
         k: Examples of each query; those that raise it only.
         queries: Which queries to ask about; all when left out.
         seed: Seed of the random choice.
+
+    Raises:
+        ValueError: Only the strongest examples were kept, nothing raises a query, or k leaves no control.
     """
+    if k < 1:
+        raise ValueError(f"k must be 1 or more; got {k}.")
+    if len(scores.train_ids) < (scores.n_train or 0):
+        raise ValueError(
+            f"Only the strongest {len(scores.train_ids)} of {scores.n_train} examples were kept, and a choice among "
+            "them is not a random one; score with keep=None, or name the changes yourself."
+        )
+    wrong = [q for q in queries or () if not 0 <= q < len(scores)]
+    if wrong:
+        raise ValueError(f"There are {len(scores)} queries, from 0; got {wrong[0]}.")
     asked = range(len(scores)) if queries is None else queries
     top = scores.top(k)
     strongest = sorted({scores.index(i) for q in asked for i in top[q] if scores.values[q, i] > 0})
@@ -146,15 +159,22 @@ class Verification:
 
     @property
     def beats_chance(self) -> list[bool]:
-        """For each query, whether leaving out the top moved it further down than leaving out others at random."""
+        """For each query, whether leaving out the top moved it further down than leaving out others at random.
+
+        Empty where no such pair of changes was made.
+        """
         by: dict[str, dict[str, float]] = {}
         for o in self.outcomes:
             key = "control" if o.control else o.change
             by.setdefault(o.query_id, {})[key] = o.actual
-        return [
-            next(v for k, v in each.items() if k.startswith("without")) < each["control"]
+        pairs = [
+            (
+                next((v for k, v in each.items() if k.startswith("without")), None),
+                each.get("control"),
+            )
             for each in by.values()
         ]
+        return [top < chance for top, chance in pairs if top is not None and chance is not None]
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
@@ -201,6 +221,12 @@ def verify(
     Raises:
         ValueError: The scores do not cover a change, or `retrain` returns other than one number a query.
     """
+    if not len(seeds):
+        raise ValueError("Expected one seed or more; got none.")
+    if before is not None and before.shape != (len(scores),):
+        raise ValueError(
+            f"before must be one number for each of {len(scores)} queries; got shape {tuple(before.shape)}."
+        )
     planned = changes(scores) if planned is None else list(planned)
     predicted = [change.predicted(scores) for change in planned]
     n = scores.n_train or len(scores.train_ids)

@@ -147,6 +147,71 @@ def test_a_finished_verification_is_read_and_a_killed_one_goes_on(tuned, capsys,
     assert main(["verify", str(tuned), "--top", "2"]) == 0
 
 
+def test_verify_tells_of_the_completions_that_were_asked_about(tuned, capsys):
+    capsys.readouterr()
+    assert main(["verify", str(tuned), "--top", "1", "--query", "2", "--json"]) == 0
+    outcomes = json.loads(capsys.readouterr().out)["outcomes"]
+    assert [o["query_id"] for o in outcomes] == ["query-2"] * 3
+    assert {o["n_changed"] for o in outcomes} == {1}
+
+
+def test_a_verification_killed_while_it_cleared_a_run_away_goes_on(tuned, monkeypatch, capsys):
+    from headwater.cli import verify
+
+    def dies(folder):
+        next(folder.glob("*.safetensors")).unlink()
+        raise KeyboardInterrupt
+
+    words = ["verify", str(tuned), "--top", "1", "--random-seed", "7", "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(verify.shutil, "rmtree", dies)
+        assert main(words) == 130
+    capsys.readouterr()
+    assert main(words) == 0
+    assert len(json.loads(capsys.readouterr().out)["outcomes"]) == 6
+
+
+def test_a_run_whose_data_changed_since_the_fine_tuning_is_not_repeated(tuned, place, capsys):
+    train, kept = place / "train.jsonl", (place / "train.jsonl").read_text()
+    lines = [json.loads(line) for line in kept.splitlines()]
+    try:
+        lines[0]["text"] = " ".join(reversed(lines[1]["text"].split()))
+        train.write_text("\n".join(map(json.dumps, lines)))
+        out = place / "fit again"
+        model = str(place / "adapted")
+        assert main(["fit", model, str(train), "--out", str(out), "--curvature", "identity"]) == 0
+        assert main(["trace", str(out), "--prompt", WORDS[0], "--max-new-tokens", "2"]) == 0
+        assert main(["verify", str(out), "--top", "2"]) == 2
+    finally:
+        train.write_text(kept)
+    assert "train.jsonl has changed since the fine-tuning" in capsys.readouterr().err
+
+
+def test_a_fit_over_other_parts_of_the_texts_is_not_verified(tuned, place, capsys):
+    out, words = place / "cut", [str(place / "adapted"), str(place / "train.jsonl")]
+    words += ["--curvature", "identity", "--max-length", "3"]
+    assert main(["fit", *words, "--out", str(out)]) == 0
+    assert main(["trace", str(out), "--prompt", WORDS[0], "--max-new-tokens", "2"]) == 0
+    assert main(["verify", str(out), "--top", "2"]) == 2
+    assert "the fit was made on other examples" in capsys.readouterr().err
+
+
+def test_a_trace_that_was_not_recorded_and_a_model_that_is_gone_are_said(tuned, place, capsys):
+    kept, record = (tuned / "run.json").read_text(), json.loads((tuned / "run.json").read_text())
+    try:
+        (tuned / "run.json").write_text(json.dumps(record | {"traces": {}}))
+        assert main(["verify", str(tuned)]) == 2
+        assert "how the trace 'trace' was asked" in capsys.readouterr().err
+    finally:
+        (tuned / "run.json").write_text(kept)
+    (place / "adapted").rename(place / "elsewhere")
+    try:
+        assert main(["verify", str(tuned)]) == 2
+        assert "no longer there" in capsys.readouterr().err
+    finally:
+        (place / "elsewhere").rename(place / "adapted")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

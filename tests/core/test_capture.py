@@ -699,3 +699,29 @@ def test_batches_hold_every_example_once_within_the_budget(lengths, batch_size, 
 def test_examples_of_one_length_are_batched_by_number():
     plans = plan_batches(mlp_data(10), batch_size=4)
     assert [plan.indices for plan in plans] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+
+
+def test_rows_come_in_the_precision_that_is_asked_for(monkeypatch):
+    model = mlp().float()
+    examples = TensorExamples(torch.randn(6, 5), torch.randint(CLASSES, (6,)))
+    capture = Capture(
+        model, Classification(), follow(model, Classification(), examples.batch(range(6)))
+    )
+
+    def seen(precision, engine=capture):
+        kept = []
+
+        class Types(Total):
+            def update(self, rows):
+                kept.append((rows.a.dtype, rows.g.dtype))
+
+        sweep(engine.at(precision, examples), examples, [Types()], Loss())
+        return {dtype for pair in kept for dtype in pair}
+
+    assert seen("model") == {torch.float32} and seen("bfloat16") == {torch.bfloat16}
+    assert seen("auto") == {torch.float32}  # too few numbers to be worth it
+    monkeypatch.setattr("headwater.core.capture._LARGE", 0)
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("headwater.core.capture.has_bfloat16", lambda device, has=has: has)
+        assert seen("auto") == {dtype}
+        assert capture.at("auto", examples).precision == ("bfloat16" if has else "model")

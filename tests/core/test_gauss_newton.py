@@ -1,8 +1,11 @@
 """Products with the exact Gauss–Newton matrix equal those of the dense matrix."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
+from headwater.core.fit import fit
 from headwater.core.gauss_newton import (
     GaussNewtonProduct,
     HessianProduct,
@@ -90,3 +93,20 @@ def test_the_hessian_is_the_change_of_the_mean_gradient(name):
         expected = (gradient(step) - gradient(-step)) / (2 * step)
         # central differences: an error of step² times third derivatives, and rounding / step
         torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [GaussNewtonProduct, HessianProduct])
+@pytest.mark.parametrize("layers", ["all", "up"])
+def test_a_model_in_half_precision_is_multiplied_as_the_same_model_in_float32(kind, layers):
+    low, found = case("lm").model.bfloat16(), case("lm")
+
+    def product(model):
+        fitted = fit(model, found.train, found.task, curvature="identity", layers=layers)
+        generator = torch.Generator().manual_seed(0)
+        x = template(list(fitted.followed), torch.zeros(1))
+        x = x.from_matrix(torch.randn(x.to_matrix().shape, generator=generator))
+        return kind(fitted.capture(), found.train, fitted.batches(found.train))(x).to_matrix()
+
+    expected = product(deepcopy(low).float())
+    torch.testing.assert_close(product(low), expected, rtol=1e-5, atol=1e-6)
+    assert next(low.parameters()).dtype == torch.bfloat16

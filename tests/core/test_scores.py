@@ -161,3 +161,14 @@ def test_the_representation_is_a_small_table():
     assert "c +3" in twice and "b +4" in twice
     many = Scores(values=torch.zeros(7, 1), query_ids=list("abcdefg"), train_ids=["t"])
     assert "and 2 more queries" in repr(many) and len(many) == 7
+
+
+def test_metadata_of_several_types_come_back_as_they_were(tmp_path):
+    columns = {
+        "mixed": [1, "a", None, 2.5],
+        "nested": [{"a": 1}, {"b": [2]}, {}, None],
+        "plain": ["x", None, "y", "z"],
+        "number": [1, 2, None, 4],
+    }
+    scores(metadata=columns).save(tmp_path / "some")
+    assert Scores.load(tmp_path / "some").metadata == columns

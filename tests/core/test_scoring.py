@@ -197,3 +197,16 @@ def test_what_is_left_to_the_end_of_a_batch_is_added_and_layers_are_told_apart()
     x = queries.blocks["x"].flatten(1) @ gradients(rows[:1]).to_matrix().mT
     torch.testing.assert_close(found.by_layer["x"].double(), x, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.finish(), expected)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "strongest"])
+def test_a_gradient_that_is_not_finite_is_named(kind):
+    rows, queries, bases, factors = setting()
+    rows[0].g[4] = torch.nan
+    names = [f"n{i}" for i in range(N)]
+    info = BatchInfo(torch.arange(N), ids=names)
+    found = make(kind, queries, bases, factors)
+    for each in rows:
+        found.update(Rows(each.layer, each.a, each.g, info))
+    with pytest.raises(FloatingPointError, match=r"example 'n4' and of query 0 .* nan"):
+        found.end_batch(info)

@@ -45,3 +45,10 @@ def test_influence_keeps_its_unit_and_papers():
     assert scores.unit == "nats" and "arXiv:2308.03296" in scores.facts["papers"]
     with pytest.raises(ValueError, match="same training examples"):
         Ensemble().attribute(fits[0], found.query, fits=[shared("lm").fitted(Identity())])
+
+
+def test_a_method_that_keeps_some_scores_is_refused():
+    found = shared("mlp")
+    method = Ensemble(method=Influence(damping=0.1, keep=2))
+    with pytest.raises(ValueError, match="ensemble needs the scores of all: leave out keep"):
+        method.attribute(found.fitted(EKFAC()), found.query)

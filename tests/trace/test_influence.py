@@ -480,3 +480,25 @@ def test_intervals_cover_the_score_of_the_whole_population(method):
     print(f"coverage {float(torch.stack(covered).mean()):.3f}")
     # 40 runs of strongly correlated scores tell the coverage to about 2 %
     assert 0.90 < float(torch.stack(covered).mean()) < 0.99
+
+
+@pytest.mark.parametrize("keep", [None, 2])
+def test_what_cannot_be_asked_is_refused(keep):
+    found, method = shared("lm"), Influence(damping=RHO, keep=keep)
+    fitted, query = found.fitted(EKFAC()), found.query
+    with pytest.raises(ValueError, match=r"no metadata column 'nope'; there are: source"):
+        method.attribute(fitted, query, group_by="nope")
+    with pytest.raises(ValueError, match=r"weights \(group, query\) of .* got shape \(1, 99\)"):
+        method.attribute(fitted, query, weights=torch.ones(1, 99))
+
+
+def test_totals_of_nothing_are_plain_zeros():
+    found = shared("lm")
+    scores = Influence(damping=RHO, keep=1).attribute(
+        found.fitted(EKFAC()),
+        found.query,
+        weights=torch.zeros(1, len(found.query)),
+        group_by="source",
+    )
+    totals = torch.stack([scores.totals.raised, scores.totals.lowered])
+    assert bool((totals == 0).all()) and not bool(totals.signbit().any())

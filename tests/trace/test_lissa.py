@@ -52,3 +52,9 @@ def test_lissa_raises_its_own_scale_where_single_examples_are_stiffer():
     fitted = found.fitted(Identity())
     method = LiSSA(damping=RHO, steps=40, n_samples=1, tolerance=1e9)
     assert bool(method.attribute(fitted, found.query).values.isfinite().all())
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"repeats": 0}])
+def test_lissa_needs_a_term_and_a_series(options):
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        LiSSA(**options)

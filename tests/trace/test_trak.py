@@ -170,3 +170,9 @@ def test_what_cannot_be_computed_is_refused():
         TRAK().attribute(regression.fitted(Identity()), regression.query)
     with pytest.raises(ValueError, match="ridge must be"):
         TRAK(ridge=-1.0)
+
+
+def test_a_rank_of_zero_is_refused_not_replaced():
+    found = shared("mlp")
+    with pytest.raises(ValueError, match="1 or more numbers a side; rank is"):
+        TRAK(rank=0, ridge=0.1).attribute(found.fitted(Identity()), found.query)

@@ -69,7 +69,8 @@ def killed_at(step: int):
 # What it computes
 
 
-def test_adamw_steps_are_those_of_the_equations(language, tmp_path):
+@pytest.mark.parametrize("weights", [{}, {"t1": 0.0, "t4": 2.0, "t7": -0.5}])
+def test_adamw_steps_are_those_of_the_equations(weights, language, tmp_path):
     """The whole run, written out with the formulas of decoupled weight decay."""
     examples, first = texts(), 1
     language = replace(language, model=llama(dtype=torch.float64))
@@ -80,6 +81,7 @@ def test_adamw_steps_are_those_of_the_equations(language, tmp_path):
         **OPTIONS | {"lora_rank": None},
         layers_from=first,
         weight_decay=0.1,
+        weights=weights,
     )
     model, run = llama(dtype=torch.float64), made.trajectory
     theta = {n: p for n, p in model.named_parameters() if n in run.trained}
@@ -88,7 +90,8 @@ def test_adamw_steps_are_those_of_the_equations(language, tmp_path):
     n_scored = sum(length - 1 for length in examples.lengths)
     for k, (names, lr) in enumerate(zip(run.batches, run.lr, strict=True), start=1):
         loss = sum(
-            CausalLM().loss(model, examples.batch([examples.ids.index(name)])).sum()
+            weights.get(name, 1.0)
+            * CausalLM().loss(model, examples.batch([examples.ids.index(name)])).sum()
             for name in names
         ) / (n_scored / (run.steps / 2))
         for (name, p), g in zip(
@@ -345,6 +348,8 @@ def test_options_that_do_not_fit_are_refused(language, tmp_path):
     refused("layers_from must be 0 to 2; got 3", layers_from=3)
     refused("lora_rank must be at least 1", lora_rank=0)
     refused("must be positive", epochs=0)
+    refused("name 'x', which is no training example", weights={"x": 0.0})
+    refused("finite; that of 't2' is nan", weights={"t2": float("nan")})
     low = replace(language, model=llama(dtype=torch.bfloat16))
     refused("Small steps are lost in bfloat16", low, lora_rank=None)
     made = finetune(language, texts(), out=tmp_path / "adapted", **OPTIONS)
@@ -360,3 +365,11 @@ def test_bfloat16_models_are_adapted_in_float32(tmp_path):
         p.dtype
         for p in trained(replace(made, language=load_language_model(tmp_path / "out"))).values()
     } == {torch.float32}
+
+
+def test_weights_of_one_make_the_run_without_weights(language, tmp_path):
+    plain = finetune(language, texts(), out=tmp_path / "out", **OPTIONS)
+    again = finetune(language, texts(), out=tmp_path / "out", weights={"t1": 1.0}, **OPTIONS)
+    assert again.trajectory == plain.trajectory
+    with pytest.raises(ArtifactMismatch, match="other options"):
+        finetune(language, texts(), out=tmp_path / "out", weights={"t1": 2.0}, **OPTIONS)

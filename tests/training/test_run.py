@@ -158,3 +158,31 @@ def test_another_model_is_refused(tmp_path):
     run = Run(model=mlp([6, 4, 3]).double(), task=Classification(), train=data, trajectory=made)
     with pytest.raises(ValueError, match=r"trained '0.bias' of shape \(5,\), which the model"):
         run.initial()
+
+
+def test_a_weight_an_example_serves_for_all_its_tokens(tmp_path):
+    data, model = (
+        Tokens([[1, 2, 3, 4], [2, 4, 1, 3], [5, 1, 2, 6], [3, 1, 4, 1]]),
+        TinyLM().double(),
+    )
+    rule = SGD(lr=0.1, batch_size=3, epochs=1)  # as many examples as scored positions
+    made = train_model(model, data, CausalLM(), rule, folder=tmp_path, normalize="tokens")
+    run = Run(model=model, task=CausalLM(), train=data, trajectory=made, per_token=True)
+    each = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    one, several = (run.repeat(w).parameters for w in (each, each[:, None].expand(-1, 4)))
+    for name, value in one.items():
+        torch.testing.assert_close(value, several[name])
+
+
+def test_weights_are_one_for_each_example_and_make_another_run(tmp_path):
+    data, rule = examples(), RULES[0]
+
+    def made_from(weights, folder):
+        return train_model(
+            net(), data, Classification(), rule, folder=tmp_path / folder, weights=weights
+        ).made_from
+
+    doubled = torch.ones(14, dtype=torch.float64).index_fill(0, torch.tensor([3]), 2.0)
+    assert made_from(doubled, "a") == made_from(doubled, "b") != made_from(None, "c")
+    with pytest.raises(ValueError, match="a weight for each of 14 examples; got 15"):
+        train_model(net(), data, Classification(), rule, weights=torch.ones(15))

@@ -113,3 +113,40 @@ def test_scores_that_were_not_kept_and_outcomes_of_another_shape_are_refused():
         verify(additive, some, [change])
     with pytest.raises(ValueError, match=r"one number for each of 3 queries; got shape \(2,\)"):
         verify(lambda weights, seed: torch.zeros(2), scores(), changes(scores(), k=1))
+
+
+def test_the_control_is_drawn_from_all_examples_or_not_at_all():
+    some = scores(kept=list(range(0, 2 * N, 2)), n_train=2 * N)
+    with pytest.raises(ValueError, match=r"strongest 12 of 24 .* score with keep=None"):
+        changes(some, k=2)
+    whole = scores(kept=list(range(N)), n_train=N)
+    assert changes(whole, k=2) == changes(scores(), k=2)
+
+
+def test_changes_without_a_control_are_shown_without_a_verdict(capsys):
+    from headwater.report.verification import show
+
+    found = verify(additive, scores(), [Change(name="less of it", weights={0: 0.5})])
+    assert found.beats_chance == []
+    show(found)
+    out = capsys.readouterr().out
+    assert "less of it" in out and "at random" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seeds": ()}, "one seed or more"),
+        ({"before": torch.zeros(2)}, r"before must be .* 3 queries; got shape \(2,\)"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused_before_any_is_made(options, said):
+    with pytest.raises(ValueError, match=said):
+        verify(lambda weights, seed: pytest.fail("trained"), scores(), **options)
+
+
+def test_choices_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="k must be 1 or more; got 0"):
+        changes(scores(), k=0)
+    with pytest.raises(ValueError, match="There are 3 queries, from 0; got 3"):
+        changes(scores(), queries=[0, 3])
