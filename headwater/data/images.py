@@ -32,6 +32,42 @@ def digits() -> TensorExamples:
     return _read("sklearn", "datasets/data/digits.csv.gz", name="digits", greatest=16.0)
 
 
+def fashion_mnist(folder: str | Path) -> TensorExamples:
+    """The 60,000 training images of Fashion-MNIST, from a folder with its files: 784 pixels, 10 classes.
+
+    Xiao, Rasul and Vollgraf (2017), arXiv:1708.07747. Debian has them as the package `dataset-fashion-mnist`, in
+    /usr/share/datasets/fashion-mnist. Grey values in [0, 1] are standardised as (x - 0.2860) / 0.3530, by the mean and
+    the standard deviation of all their pixels.
+    """
+    pixels, labels = (
+        _idx(Path(folder) / f"train-{name}.gz")
+        for name in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    )
+    x = (torch.from_numpy(pixels.astype(np.float32)).flatten(1) / 255 - 0.2860) / 0.3530
+    y = torch.from_numpy(labels.astype(np.int64))
+    return TensorExamples(
+        x, y, ids=[f"fashion-{i}" for i in range(len(y))], metadata={"label": y.tolist()}
+    )
+
+
+def _idx(file: Path) -> np.ndarray:
+    """An array of bytes in the format of MNIST: two zeros, type 8, the axes, their lengths, the values."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist; expected the folder of the data set's four .gz files."
+        )
+    data = gzip.decompress(file.read_bytes())
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise ValueError(f"{file} is not in the IDX format of unsigned bytes.")
+    shape = np.frombuffer(data, ">u4", data[3], 4)
+    start = 4 + 4 * data[3]
+    if len(data) - start != int(np.prod(shape)):
+        raise ValueError(
+            f"{file} promises {int(np.prod(shape)):,} values and holds {len(data) - start:,}."
+        )
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
 def _read(
     package: str, file: str, *, name: str, greatest: float, mean: float = 0.0, std: float = 1.0
 ) -> TensorExamples:
