@@ -38,7 +38,7 @@ class Data:
     train: TensorExamples
     queries: TensorExamples
     wrong: Bool[Tensor, " train"] | None = None
-    parts: tuple[Int[Tensor, " part"], ...] = ()
+    parts: tuple[Tensor, ...] = ()
 
     def masks(self, n: int, *, fraction: float, seed: int = 0) -> Bool[Tensor, "subset train"]:
         """Random subsets that hold the same share of every stage's examples."""
@@ -198,13 +198,13 @@ def word_ids(
         The numbers, and the words that they stand for, text by text.
 
     Example:
-        >>> ids, words = word_ids(["To be, or not to be.", "No."], length=4, n_words=3)
-        >>> ids.tolist(), words
-        ([[1, 2, 0, 0]], ['to be , or'])
+        >>> ids, words = word_ids(["To be or not to be", "No"], length=4, n_words=3)
+        >>> print(ids.tolist(), words)
+        [[2, 1, 0, 0]] ['to be or not']
     """
     split = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
     counts = Counter(word for words in split for word in words)
-    kept = sorted(counts, key=lambda word: (-counts[word], -len(word), word))[: n_words - 1]
+    kept = sorted(counts, key=lambda word: (-counts[word], word))[: n_words - 1]
     number = {word: i for i, word in enumerate(kept, start=1)}
     long = [words[:length] for words in split if len(words) >= length]
     ids = torch.tensor([[number.get(word, 0) for word in words] for words in long])

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -28,7 +28,7 @@ class Bench:
         workloads: Names (see --list), or "all"; the fast one when left out.
         folder: Where everything is kept.
         method: Only methods with one of these words in their names.
-        list: Print the workloads and what is missing, and stop.
+        show_list: Print the workloads and what is missing, and stop.
         subsets: Random halves that are retrained; the workload's own number when left out.
         repeats: Retrainings of each half, likewise.
         seeds: Models of the ensembles, likewise.
@@ -41,7 +41,7 @@ class Bench:
     workloads: tyro.conf.Positional[tuple[str, ...]] = ()
     folder: Path = Path("runs/bench-quality")
     method: tuple[str, ...] = ()
-    list: bool = False
+    show_list: Annotated[bool, tyro.conf.arg(name="list")] = False
     subsets: int | None = None
     repeats: int | None = None
     seeds: int | None = None
@@ -62,12 +62,12 @@ class Bench:
         require("--left-out", self.left_out, "between 0 and 0.5", 0 < self.left_out <= 0.5)
 
 
-def run(words: "list[str]") -> int:
+def run(words: list[str]) -> int:
     command = parse(Bench, words, prog="bench")
     from headwater.bench import markdown
 
     known, missing = available(command)
-    if command.list:
+    if command.show_list:
         if command.json:
             emit_json({"workloads": {k: w.title for k, w in known.items()}, "missing": missing})
         else:
@@ -82,7 +82,7 @@ def run(words: "list[str]") -> int:
     return 0
 
 
-def available(command: Bench) -> "tuple[dict[str, Workload], dict[str, str]]":
+def available(command: Bench) -> tuple[dict[str, "Workload"], dict[str, str]]:
     """The workloads that can be asked for, and those that cannot with the reason."""
     from headwater.bench import WORKLOADS, fashion_mnist_workload
 
@@ -98,7 +98,7 @@ def available(command: Bench) -> "tuple[dict[str, Workload], dict[str, str]]":
     return known, missing
 
 
-def bench(command: Bench, known: "dict[str, Workload]", missing: dict[str, str]) -> "list[Report]":
+def bench(command: Bench, known: dict[str, "Workload"], missing: dict[str, str]) -> list["Report"]:
     """Measure the workloads that were asked for."""
     import torch
 
