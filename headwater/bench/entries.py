@@ -58,7 +58,7 @@ def _damped(method: Influence) -> tuple[Attributor, ...]:
 
 def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
     """The entries of a workload's table, cheap ones first, and those left out with the reason."""
-    plain, exact, dual = Influence(n_intervals=0), EKFAC(fisher="exact"), Dual(cut=1e-3)
+    plain, exact, dual = Influence(n_intervals=0), EKFAC(fisher="exact"), Dual(cut=workload.cut)
     found = [
         Entry(name="random", method=Random()),
         Entry(name="representation similarity", method=RepresentationSimilarity()),
