@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "fit": "fit the curvature of a model over its training data, into a run folder",
     "trace": "which training examples raised or lowered a completion",
     "verify": "retrain without the named examples: predicted beside actual",
+    "bench": "measure attribution methods against retraining, on real data",
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",
     "cite": "BibTeX for what a run used",

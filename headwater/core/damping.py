@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -88,6 +89,25 @@ def evidence(eigenvalues: Iterable[Tensor], *, n: int, distance: float, steps: i
             return update
         damping = update
     return damping
+
+
+def log_evidence(
+    eigenvalues: Iterable[Tensor], *, n: int, distance: float, damping: float
+) -> float:
+    r"""Log probability of the data under a damping, by Laplace's approximation, up to what no damping changes.
+
+    $$-\frac{N\rho}{2} \lVert\theta - \theta_0\rVert^2 + \frac12 \sum_i \log \frac{\rho}{\lambda_i + \rho}$$
+
+    `evidence` finds its maximum over ρ.
+
+    Args:
+        eigenvalues: Eigenvalues of the mean curvature, all layers.
+        n: Number of training examples.
+        distance: Squared Euclidean distance of the parameters from where training began (or from zero).
+        damping: ρ.
+    """
+    determined = sum(float(torch.log1p(e.double() / damping).sum()) for e in eigenvalues)
+    return -(n * damping * distance + determined) / 2
 
 
 def parse_damping(text: str | float | Damping) -> Damping | str:

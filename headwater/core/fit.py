@@ -99,8 +99,8 @@ class Fit:
         Args:
             choice: A number (absolute), "0.1 relative", "weight_decay" (the training run's), "horizon" (that plus one
                 over its horizon), "evidence" (the value under which the trained parameters are most probable), or
-                "auto": for a run of gradient descent the recorded weight decay, with the horizon where the curvature
-                is exact; else the evidence.
+                "auto": what was chosen for this fit (`headwater.trace.damping_choice`); else for a run of gradient
+                descent the recorded weight decay, with the horizon where the curvature is exact; else the evidence.
 
         Raises:
             ValueError: The run's weight decay is asked for and not known.
@@ -108,6 +108,8 @@ class Fit:
         parsed = parse_damping(choice)
         if isinstance(parsed, Damping):
             return parsed
+        if parsed == "auto" and (known := self.facts.get("chosen_damping")):
+            return Damping(**known)
         decay = self.facts.get("weight_decay")
         # AdamW's decay acts on scaled steps and is no ridge penalty on the loss, so "auto" passes it by.
         ridge = decay and not self.facts.get("adaptive", False)
@@ -130,11 +132,8 @@ class Fit:
                 "The training run's horizon is not recorded; pass horizon=… (the sum of its learning rates over one "
                 "minus the momentum) to headwater.fit, or choose damping='auto' or a number."
             )
-        n, distance = (
-            len(self.train),
-            self.facts.get("distance") or _distance(self.model, self.followed),
-        )
-        value = evidence(self.curvature.spectra().values(), n=n, distance=distance)
+        n = len(self.train)
+        value = evidence(self.curvature.spectra().values(), n=n, distance=moved(self))
         return Damping(value, source="evidence of the trained parameters")
 
     def damping_ratio(self, damping: Damping) -> float:
@@ -426,8 +425,10 @@ def _finished(place: Path, made_from: dict[str, str], options: dict[str, Any]) -
     return fingerprint_json(known) == fingerprint_json(options)
 
 
-def _distance(model: nn.Module, followed: Followed) -> float:
-    """Squared norm of the followed parameters: their distance from zero."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    names = {n for layer in followed for n in layer.parameters if n in named}
+def moved(fit: Fit) -> float:
+    """Squared distance that training moved the followed parameters: the recorded one, else that from zero."""
+    if fit.facts.get("distance"):
+        return float(fit.facts["distance"])
+    named = dict(fit.model.named_parameters(remove_duplicate=False))
+    names = {n for layer in fit.followed for n in layer.parameters if n in named}
     return sum(float(named[n].detach().double().square().sum()) for n in names)

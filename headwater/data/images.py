@@ -55,19 +55,22 @@ def fashion_mnist(
     return TensorExamples(x, y, ids=ids, metadata={"label": y.tolist()})
 
 
-def _idx(path: Path) -> np.ndarray:
-    """An array of bytes in IDX format: two zeros, the type, how many axes, and their lengths."""
-    if not path.is_file():
+def _idx(file: Path) -> np.ndarray:
+    """An array of bytes in the format of MNIST: two zeros, type 8, the axes, their lengths, the values."""
+    if not file.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist; install the Debian package dataset-fashion-mnist, or give the folder of its files."
+            f"{file} does not exist; install the Debian package dataset-fashion-mnist, or give the folder of its files."
         )
-    with gzip.open(path) as file:
-        content = file.read()
-    if content[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is no file of bytes in IDX format.")
-    start = 4 + 4 * content[3]
-    shape = np.frombuffer(content[4:start], ">u4")
-    return np.frombuffer(content[start:], np.uint8).reshape(shape)
+    data = gzip.decompress(file.read_bytes())
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise ValueError(f"{file} is not in the IDX format of unsigned bytes.")
+    shape = np.frombuffer(data, ">u4", data[3], 4)
+    start = 4 + 4 * data[3]
+    if len(data) - start != int(np.prod(shape)):
+        raise ValueError(
+            f"{file} promises {int(np.prod(shape)):,} values and holds {len(data) - start:,}."
+        )
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def _read(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from headwater.data import images
-from headwater.data.images import digits, mnist5000
+from headwater.data.images import digits, fashion_mnist, mnist5000
 
 
 def test_mnist_has_500_standardised_images_of_each_class():
@@ -57,3 +57,27 @@ def test_fashion_mnist_is_read_from_its_published_format(tmp_path):
     assert np.allclose(x.numpy(), expected, atol=1e-6)
     with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
         images.fashion_mnist(tmp_path)
+
+
+def idx(values) -> bytes:
+    shape = b"".join(n.to_bytes(4, "big") for n in values.shape)
+    return gzip.compress(bytes([0, 0, 8, values.ndim]) + shape + values.tobytes())
+
+
+def test_fashion_mnist_is_read_from_its_files(tmp_path):
+    pixels = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(idx(pixels))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(np.array([7, 3], dtype=np.uint8)))
+    found = fashion_mnist(tmp_path)
+    x, y = found.tensors
+    assert y.tolist() == [7, 3] and x.shape == (2, 784)
+    assert x[1, 5].item() == pytest.approx((pixels[1, 0, 5] / 255 - 0.2860) / 0.3530, rel=1e-5)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        fashion_mnist(tmp_path / "elsewhere")
+    cut = gzip.decompress(idx(pixels))[:-10]
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(cut))
+    with pytest.raises(ValueError, match="promises 1,568 values and holds 1,558"):
+        fashion_mnist(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x0d\x01rest"))
+    with pytest.raises(ValueError, match="not in the IDX format"):
+        fashion_mnist(tmp_path)
