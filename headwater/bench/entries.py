@@ -20,6 +20,7 @@ from headwater.trace import (
     LiSSA,
     Random,
     RepresentationSimilarity,
+    Source,
     TracIn,
     TrackStar,
     Unrolling,
@@ -124,7 +125,13 @@ def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
         found.append(Entry(name="LESS", method=LESS(rank=16), needs="moments"))
     else:
         left_out.append(("LESS", "it needs Adam's moments, and this recipe is plain descent"))
-    found.append(Entry(name="exact unrolling", method=Unrolling(), needs="trajectory"))
+    found += [
+        Entry(name="SOURCE", method=Source(), curvature=exact, needs="trajectory"),
+        Entry(name="exact unrolling", method=Unrolling(), needs="trajectory"),
+    ]
+    if not workload.text:
+        fast = Source(fast=True)
+        found.append(Entry(name="SOURCE, dual", method=fast, curvature=dual, needs="trajectory"))
     slow = {name for name, _ in left_out}
     return [entry for entry in found if entry.name not in slow], left_out
 
