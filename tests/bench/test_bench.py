@@ -275,7 +275,7 @@ def test_turned_images_come_back_after_four_quarters():
 
 def test_fashion_mnist_is_a_workload_when_its_folder_is_given(tmp_path):
     workload = fashion_mnist_workload(tmp_path)
-    with pytest.raises(FileNotFoundError, match="expected the folder of the data set's four"):
+    with pytest.raises(FileNotFoundError, match="install the Debian package dataset-fashion-mnist"):
         workload.load()
 
 
