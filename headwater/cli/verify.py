@@ -155,7 +155,7 @@ def _verify(
     from headwater.training.trajectory import FILE
     from headwater.training.verify import changes, verify
 
-    session, record = run_session(command.run)
+    session, _ = run_session(command.run)
     again = restore(Finetune, tuning | {"columns": restore(DataFlags, tuning["columns"])})
     base = load_language_model(again.model, dtype=again.dtype, base=again.base)
     examples = read_examples(again.data, again.columns, base)
@@ -219,9 +219,8 @@ def _verify(
         chosen = [q - 1 for q in command.query] or None
         planned = changes(scores, k=command.top, queries=chosen, seed=command.random_seed)
         seeds = [again.seed + i for i in range(command.seeds)]
-        alike = (
-            record["fit"]["weights"]["dtype"] == again.dtype
-        )  # else it would not be the same run
+        # in another number format the traced model is not quite the one that was trained
+        alike = _formats(session.language.model) == _formats(base.model)
         before = measured(session.language.model) if command.seeds == 1 and alike else None
         made = fingerprint_json([tuning, source, measurement, queries.fingerprint(), n])
         found = verify(
@@ -235,6 +234,11 @@ def _verify(
         )
     asked = {queries.ids[q] for q in chosen or range(n)}
     return replace(found, outcomes=tuple(o for o in found.outcomes if o.query_id in asked))
+
+
+def _formats(model: "nn.Module") -> set:
+    """Number formats of a model's weights, adapters aside."""
+    return {p.dtype for name, p in model.named_parameters() if "lora_" not in name}
 
 
 def _measured(model: "nn.Module", queries: Any, measurement: str) -> "Tensor":

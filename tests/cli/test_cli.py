@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 
 from headwater.cli import COMMANDS, main
 from headwater.core.evidence import Evidence
-from tests.language_cases import WORDS, saved
+from tests.language_cases import WORDS, llama, saved
 
 TOPICS = ("rivers", "hills")
 
@@ -194,6 +194,22 @@ def test_a_fit_over_other_parts_of_the_texts_is_not_verified(tuned, place, capsy
     assert main(["trace", str(out), "--prompt", WORDS[0], "--max-new-tokens", "2"]) == 0
     assert main(["verify", str(out), "--top", "2"]) == 2
     assert "the fit was made on other examples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "runs"), [("auto", 3), ("float32", 4)])
+def test_the_original_run_is_repeated_where_the_fit_has_another_number_format(
+    dtype, runs, tmp_path, place, capsys
+):
+    saved(tmp_path / "base", llama(dtype=torch.bfloat16))
+    base, model, out = (str(tmp_path / n) for n in ("base", "tuned", "run"))
+    train = str(place / "train.jsonl")
+    words = ["--lora-rank", "2", "--epochs", "1", "--lr", "0.02", "--dtype", dtype]
+    assert main(["finetune", base, train, "--out", model, *words]) == 0
+    assert main(["fit", model, train, "--out", out, "--curvature", "identity"]) == 0
+    assert main(["trace", out, "--prompt", WORDS[0], "--max-new-tokens", "2"]) == 0
+    capsys.readouterr()
+    assert main(["verify", out, "--top", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"]["runs"] == runs
 
 
 def test_a_trace_that_was_not_recorded_and_a_model_that_is_gone_are_said(tuned, place, capsys):
