@@ -133,7 +133,14 @@ def pareto_plot(report: Report, protocol: str = "expected"):
     axes.plot(*zip(*(points[i] for i in edge), strict=True), color="0.6", lw=1, zorder=0)
     for i in edge:
         name = rows[i]["name"] + (" (tuned)" if rows[i]["tuned"] else "")
-        axes.annotate(name, points[i], xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            name,
+            points[i],
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
+        )
     ceiling = report.facts["ceiling"]
     if ceiling and protocol == "expected":
         axes.axhline(ceiling["value"], ls="--", lw=1, color="0.4", label="noise ceiling")

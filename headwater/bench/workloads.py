@@ -70,7 +70,7 @@ class Workload:
         seeds: Models trained on everything; the first is the one that methods see, all of them make ensembles.
         checkpoints: Kept of every training run.
         parallel: Models trained side by side.
-        cut: Least probability of a label that the dual form keeps; its rows, and its cost, grow as this falls.
+        cut: Least probability of a label that the dual form keeps; its rows and its cost grow as this falls.
         slow: Entries left out because they would take hours here, with the reason.
     """
 

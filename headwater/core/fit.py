@@ -93,7 +93,7 @@ class Fit:
             examples, batch_size=self.batch_size, batch_tokens=self.batch_tokens, folds=folds
         )
 
-    def damping(self, choice: str | float | Damping = "auto") -> Damping:
+    def damping(self, choice: str | float | Damping = "auto", *, exact: bool = False) -> Damping:
         """The damping behind a choice.
 
         Args:
@@ -101,6 +101,7 @@ class Fit:
                 over its horizon), "evidence" (the value under which the trained parameters are most probable), or
                 "auto": what was chosen for this fit (`headwater.trace.damping_choice`); else for a run of gradient
                 descent the recorded weight decay, with the horizon where the curvature is exact; else the evidence.
+            exact: Whether the exact matrix is inverted, whatever the fit holds, as conjugate gradients do.
 
         Raises:
             ValueError: The run's weight decay is asked for and not known.
@@ -116,7 +117,7 @@ class Fit:
         horizon = None if self.facts.get("adaptive", False) else self.facts.get("horizon")
         # A run stopped after a horizon h answers flat directions as if they were damped by 1/h. The exact curvature
         # has many such directions; the Kronecker form blurs its spectrum and has few.
-        exact = isinstance(self.curvature, DualCurvature | DenseCurvature)
+        exact = exact or isinstance(self.curvature, DualCurvature | DenseCurvature)
         if horizon and (parsed == "horizon" or (parsed == "auto" and exact)):
             source = "weight decay of the training run plus one over its horizon"
             return Damping(float(decay or 0) + 1 / float(horizon), source=source)

@@ -249,7 +249,7 @@ class Influence(Attributor):
         started = time.perf_counter()
         examples = as_examples(queries)
         gradients = query_gradients(fit, examples, measurement, weights, progress)
-        damping = fit.damping(self.damping)
+        damping = fit.damping(self.damping, exact=self.cg_steps > 0)
         prepared, refined = self._prepare(fit, fit.curvature, gradients, damping, progress)
         n = len(fit.train)
         found = score(
@@ -371,7 +371,11 @@ class Influence(Attributor):
         """
         gradients = query_gradients(fit, as_examples(queries), measurement, weights)
         prepared, _ = self._prepare(
-            fit, fit.curvature, gradients, fit.damping(self.damping), progress
+            fit,
+            fit.curvature,
+            gradients,
+            fit.damping(self.damping, exact=self.cg_steps > 0),
+            progress,
         )
         some = fit.train.subset(chosen)
         width = max(some.lengths) if some.lengths else 1

@@ -90,7 +90,7 @@ class LiSSA(Attributor):
         """
         examples, n = as_examples(queries), len(fit.train)
         gradients = query_gradients(fit, examples, measurement, weights, progress)
-        damping = fit.damping(self.damping)
+        damping = fit.damping(self.damping, exact=True)
         solved, facts = self._solve(fit, gradients.dense(), damping, progress)
         values = -inner_products(fit, Preconditioned(solved), fit.train, progress=progress).finish()
         return to_scores(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import headwater
-from headwater.core.curvature import Dense
+from headwater.core.curvature import EKFAC, Dense
 from headwater.core.damping import evidence, log_evidence
 from headwater.core.task import Regression
 from headwater.numerics.resampling import Estimate
@@ -188,3 +188,17 @@ def test_the_curve_is_drawn_with_the_choice():
     axes = choice.plot().axes[0]
     assert axes.get_xscale() == "log" and list(axes.lines[0].get_ydata()) == [0.2, 0.5, 0.3]
     assert "0.1: 0.500" in repr(choice) and replace(choice, low=[], high=[]).plot()
+
+
+def test_who_inverts_the_exact_matrix_gets_its_damping_whatever_the_fit_holds():
+    model = nn.Linear(P, 1, bias=False).double()
+    task = Regression(measurement_of=prediction)
+    record = {"weight_decay": 0.01, "horizon": 100.0}
+    layerwise = headwater.fit(model, (X, Y), task, curvature=EKFAC(), **record)
+    assert layerwise.damping().value == 0.01
+    assert layerwise.damping(exact=True).value == pytest.approx(0.02)
+    assert layerwise.damping(0.5, exact=True).value == 0.5
+    plain = Influence(n_intervals=0).attribute(layerwise, (XQ, TRUE))
+    refined = Influence(n_intervals=0, cg_steps=P).attribute(layerwise, (XQ, TRUE))
+    assert plain.facts["damping"]["value"] == 0.01
+    assert refined.facts["damping"]["value"] == pytest.approx(0.02)
