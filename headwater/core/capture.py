@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +221,9 @@ class Capture:
         It does for models in float32 on hardware with bfloat16 products, over data that take a second or so. What it
         costs was measured: scores keep their ranks to a Spearman correlation of 0.9995 (docs/benchmarks/cost.md).
         """
+        if precision not in get_args(Precision):
+            offered = ", ".join(get_args(Precision))
+            raise ValueError(f"Expected a precision among {offered}; got {precision!r}.")
         if precision == "auto":
             work = sum(examples.lengths or [len(examples)]) * sum(
                 x.numel for x in self.layers.values()
