@@ -60,6 +60,7 @@ def _damped(method: Influence) -> tuple[Attributor, ...]:
 def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
     """The entries of a workload's table, cheap ones first, and those left out with the reason."""
     plain, exact, dual = Influence(n_intervals=0), EKFAC(fisher="exact"), Dual(cut=workload.cut)
+    rank = 8 if workload.text else 16  # of TRAK; language models have many layers
     found = [
         Entry(name="random", method=Random()),
         Entry(name="representation similarity", method=RepresentationSimilarity()),
@@ -85,7 +86,7 @@ def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
         Entry(
             name="TRAK",
             method=TRAK(),
-            choices=tuple(TRAK(ridge=x, rank=16) for x in (0.1, 1.0, 10.0)),
+            choices=tuple(TRAK(ridge=x, rank=rank) for x in (0.1, 1.0, 10.0)),
         ),
         Entry(name="TRAK", method=TRAK(), needs="models"),
         Entry(
