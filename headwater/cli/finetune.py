@@ -59,7 +59,7 @@ class Finetune:
 
 def run(words: list[str]) -> int:
     command = parse(Finetune, words, prog="finetune")
-    from headwater.core.files import write_json
+    from headwater.core.files import read_json, write_json
     from headwater.models.language import load_language_model
     from headwater.training.finetune import finetune
 
@@ -79,7 +79,9 @@ def run(words: list[str]) -> int:
             seed=command.seed,
             progress=progress,
         )
-    write_json(command.out / FINETUNE, to_json(command))  # so that the run can be repeated
+    record, place = to_json(command) | {"json": False}, command.out / FINETUNE
+    if not place.is_file() or read_json(place) != record:  # traces ask whether the folder changed
+        write_json(place, record)  # so that the run can be repeated
     losses = done.trajectory.losses
     if command.json:
         emit_json(

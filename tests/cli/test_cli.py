@@ -114,6 +114,26 @@ def tuned(place):
     return out
 
 
+def test_a_trace_is_found_again_after_the_fine_tuning_was_found_again(tuned, place, monkeypatch):
+    from headwater.cli import trace
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(trace, "_trace", refuse)
+    texts, words = list(WORDS), ["--lora-rank", "2", "--epochs", "6", "--lr", "0.02"]
+    again = [
+        "finetune",
+        str(place / "model"),
+        str(place / "train.jsonl"),
+        "--out",
+        str(place / "adapted"),
+    ]
+    assert main([*again, *words, "--batch-tokens", "16"]) == 0
+    asked = ["--prompt", texts[0], "--prompt", texts[3], "--max-new-tokens", "2"]
+    assert main(["trace", str(tuned), *asked]) == 0
+
+
 def test_verify_retrains_without_the_named_examples(tuned, capsys):
     capsys.readouterr()
     assert main(["verify", str(tuned), "--top", "2", "--json"]) == 0
