@@ -37,6 +37,7 @@ def source_weights(logits: Float[Tensor, " source"], form: Form) -> Float[Tensor
     is $2 \cdot \mathrm{sigmoid}(\ell_s)$, which opens and closes each source by itself.
 
     Example:
+        >>> import torch
         >>> source_weights(torch.zeros(4), "share").tolist()
         [1.0, 1.0, 1.0, 1.0]
     """

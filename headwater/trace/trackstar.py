@@ -40,7 +40,7 @@ def factored_scale(
     Example:
         >>> r, c = torch.tensor([1.0, 4.0]), torch.tensor([9.0, 1.0])
         >>> out, in_ = factored_scale(torch.outer(r, c))
-        >>> bool(torch.allclose(torch.outer(out, in_), torch.outer(r, c).rsqrt()))
+        >>> bool(torch.allclose(torch.outer(out, in_).float(), torch.outer(r, c).rsqrt()))
         True
     """
     square = square.double()

@@ -51,7 +51,7 @@ def test_kfac_of_the_same_weights_twice_is_kfac():
     fitted, at = several("mlp")
     method = KFAC(fisher="exact", cut=0.0)
     once, twice = (method.fit(context(fitted, some)) for some in (at[:1], [at[0], at[0]]))
-    fits = [fitted.__class__(**{**vars(fitted), "curvature": c}) for c in (once, twice)]
+    fits = [replace(fitted, curvature=c) for c in (once, twice)]
     one, two = (block_matrices(each) for each in fits)
     for name, block in one.items():
         torch.testing.assert_close(two[name], block)
