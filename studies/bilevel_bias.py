@@ -32,16 +32,14 @@ from headwater.data.images import digits
 from headwater.models.vision import logistic_regression, mlp
 from headwater.numerics.implicit_bias import project_onto_example
 from headwater.numerics.ranks import average_ranks
-from headwater.numerics.resampling import Estimate, student_quantile
+from headwater.numerics.resampling import Estimate, mean_interval
 
 SEEDS = range(5)  # --seeds
 
 
 def interval(values: list[float]) -> Estimate:
     """The mean over seeds with Student's 95 % interval."""
-    v = torch.tensor(values, dtype=torch.float64)
-    half = student_quantile(0.975, dof=len(v) - 1) * float(v.std()) / len(v) ** 0.5
-    return Estimate(float(v.mean()), float(v.mean()) - half, float(v.mean()) + half, len(v))
+    return mean_interval(torch.tensor(values, dtype=torch.float64))
 
 
 def accuracy(make: Callable[[int], nn.Module], weights: dict, data: tuple) -> float:

@@ -99,20 +99,15 @@ def _alike(x: Block, y: Block) -> tuple[Block, Block]:
     return x.to(wide), y.to(wide)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """The type that sums are kept in."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _products(x: Tensor, y: Tensor) -> Tensor:
     """Inner products of whole gradients, in float32 at least."""
-    common = torch.promote_types(_wide(x), y.dtype)
+    common = torch.promote_types(kronecker.sum_dtype(x), y.dtype)
     return x.to(common).flatten(1) @ y.to(common).flatten(1).mT
 
 
 def _inner_gram(x: Factored, y: Factored) -> Tensor:
     """Sum over positions of (a_t · a_s)(g_t · g_s)."""
-    n, m, wide = len(x), len(y), _wide(x.a)
+    n, m, wide = len(x), len(y), kronecker.sum_dtype(x.a)
     total = x.a.new_zeros(n, m, dtype=wide)
     step = max(1, _CHUNK // (m * x.pos * y.pos))
     for start in range(0, n, step):
@@ -140,7 +135,10 @@ def _inner_half(x: Tensor, y: Factored) -> Tensor:
         return torch.cat([_products(x, y[s : s + step].dense()) for s in range(0, m, step)], dim=1)
     long, short, weights = (y.a, y.g, x.mT) if y.a.shape[-1] >= y.g.shape[-1] else (y.g, y.a, x)
     long, short = long.flatten(0, 1), short.flatten(0, 1)
-    rows = [(long @ matrix.to(long)).mul_(short).sum(-1, dtype=_wide(long)) for matrix in weights]
+    rows = [
+        (long @ matrix.to(long)).mul_(short).sum(-1, dtype=kronecker.sum_dtype(long))
+        for matrix in weights
+    ]
     return torch.stack(rows).view(n, m, pos).sum(-1)
 
 
@@ -253,7 +251,7 @@ class CollectGradients(Accumulator):
         self._factored = factored
 
     def update(self, rows: Rows) -> None:
-        wide = torch.promote_types(rows.a.dtype, torch.float32)
+        wide = kronecker.sum_dtype(rows.a)
         a, g = rows.a.to(wide), rows.g.to(wide)
         if rows.batch.weights is not None:
             g = g * rows.batch.weights.to(g).sqrt()[:, None, None]

@@ -285,7 +285,7 @@ class SelfScores(Accumulator):
             a, g, Q_A, Q_G = self._shared(a, Q_A), kronecker.rotate(g, Q_G), None, None
         if rows.pos == 1:
             a2, g2 = a.squeeze(-2).square(), g.squeeze(-2).square()
-            part = ((g2 @ factor) * a2).sum(-1, dtype=_wide(a))
+            part = ((g2 @ factor) * a2).sum(-1, dtype=kronecker.sum_dtype(a))
         else:
             step = max(1, _CHUNK // rows.layer.numel)
             part = torch.cat(
@@ -322,12 +322,7 @@ def _weighted_squares(
     """Sum of the squared coordinates of each gradient in a basis, times `factor` (groups, batch)."""
     matrices = kronecker.gradient(a, g).movedim(-3, 0)
     squares = kronecker.change_basis(matrices, Q_A, Q_G).square_()
-    return (squares * factor).sum((-1, -2), dtype=_wide(a)).movedim(0, -1)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """The type that sums are kept in."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return (squares * factor).sum((-1, -2), dtype=kronecker.sum_dtype(a)).movedim(0, -1)
 
 
 class Norms(Accumulator):

@@ -13,6 +13,11 @@ from torch import Tensor
 _BLOCK = 128  # below twice this side a whole product is as fast as its upper triangle
 
 
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """The type that sums over x are kept in: its own, float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def second_moment(
     x: Float[Tensor, "*lead rows dim"], weight: Float[Tensor, " rows"] | None = None
 ) -> Tensor:
@@ -68,7 +73,7 @@ def squared_sum(
     tokens are rotated before the sum, or the sum after, whichever needs fewer multiplications; at most `limit`
     numbers of gradients are held at a time. Sums over examples are taken in float32 at least.
     """
-    wide = torch.promote_types(a.dtype, torch.float32)
+    wide = sum_dtype(a)
     pos, d_in, d_out = a.shape[-2], a.shape[-1], g.shape[-1]
     if pos == 1:
         g2 = rotate(g, Q_G).squeeze(-2).square()

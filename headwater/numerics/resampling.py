@@ -270,6 +270,20 @@ def jackknife_interval(
     return value - half, value + half
 
 
+def mean_interval(values: Float[Tensor, " n"], *, confidence_level: float = 0.95) -> Estimate:
+    """The mean of independent values, such as one a seed, with Student's interval.
+
+    Example:
+        >>> mean_interval(torch.tensor([1.0, 2.0, 3.0])).value
+        2.0
+    """
+    values = values.double()
+    n, mean = len(values), float(values.mean())
+    t = student_quantile((1 + confidence_level) / 2, dof=n - 1)
+    half = t * float(values.std()) / n**0.5
+    return Estimate(mean, mean - half, mean + half, n)
+
+
 def student_quantile(level: float, *, dof: int) -> float:
     r"""Quantile of Student's t distribution.
 

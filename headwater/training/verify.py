@@ -21,7 +21,7 @@ from torch import Tensor
 from headwater.core.files import read_json, write_json
 from headwater.core.fingerprint import fingerprint_json
 from headwater.core.scores import Scores
-from headwater.numerics.resampling import student_quantile
+from headwater.numerics.resampling import mean_interval
 
 # Weights of all training examples, and the seed of the run -> the measurement of every query.
 Retrain = Callable[[Float[Tensor, " train"], int], Float[Tensor, " query"]]
@@ -248,11 +248,8 @@ def verify(
     outcomes = []
     for change, guess, after in zip(planned, predicted, values[1:], strict=True):
         moved = after - values[0]
-        half = None
-        if len(seeds) > 1:
-            half = student_quantile(0.975, dof=len(seeds) - 1) * moved.std(0) / len(seeds) ** 0.5
         for q, query in enumerate(scores.query_ids):
-            actual = float(moved[:, q].mean())
+            spread = mean_interval(moved[:, q]) if len(seeds) > 1 else None
             outcomes.append(
                 Outcome(
                     query_id=query,
@@ -260,10 +257,10 @@ def verify(
                     control=change.control,
                     n_changed=len(change.weights),
                     predicted=float(guess[q]),
-                    actual=actual,
+                    actual=float(moved[:, q].mean()),
                     before=float(values[0][:, q].mean()),
-                    low=None if half is None else actual - float(half[q]),
-                    high=None if half is None else actual + float(half[q]),
+                    low=None if spread is None else spread.low,
+                    high=None if spread is None else spread.high,
                 )
             )
     return Verification(
