@@ -5,9 +5,11 @@ method is asked to predict the outcomes: quality with intervals beside the noise
 """
 
 from headwater.bench.entries import Entry, entries
+from headwater.bench.image_workloads import fashion_mnist_workload
 from headwater.bench.run import Plan, Report, run_workload
 from headwater.bench.table import markdown, pareto_plot
-from headwater.bench.workloads import WORKLOADS, Data, Workload, fashion_mnist_workload
+from headwater.bench.workload import Data, Workload
+from headwater.bench.workloads import WORKLOADS
 
 __all__ = [
     "WORKLOADS",

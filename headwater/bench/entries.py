@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from headwater.bench.workloads import Workload
+from headwater.bench.workload import Workload
 from headwater.core.curvature import EKFAC, KFAC, CurvatureMethod, Diagonal, Dual, Identity
 from headwater.trace import (
     BM25,
@@ -27,7 +27,7 @@ from headwater.trace import (
 )
 from headwater.trace.base import Attributor
 
-Needs = Literal["model", "checkpoints", "moments", "models", "trajectory"]
+Needs = Literal["model", "checkpoints", "moments", "models", "trajectory", "trajectories"]
 
 DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -41,7 +41,7 @@ class Entry:
         method: The method as it comes, with nothing chosen by looking at retrainings.
         curvature: What the fit holds.
         needs: What it reads: the model alone, checkpoints of its run, those with the optimizer's moments, models of
-            several seeds, or the whole recorded run.
+            several seeds, the whole recorded run, or those of several seeds.
         choices: The same method with other values of its knob; the best on one half of queries and subsets is
             reported on the other.
     """
@@ -132,7 +132,15 @@ def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
     ]
     if not workload.text:
         fast = Source(fast=True)
-        found.append(Entry(name="SOURCE, dual", method=fast, curvature=dual, needs="trajectory"))
+        found += [
+            Entry(name="SOURCE, dual", method=fast, curvature=dual, needs="trajectory"),
+            Entry(
+                name="SOURCE, dual",
+                method=Ensemble(method=fast),
+                curvature=dual,
+                needs="trajectories",
+            ),
+        ]
     slow = {name for name, _ in left_out}
     return [entry for entry in found if entry.name not in slow], left_out
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import headwater.core.fit as core
 from headwater.bench.entries import Entry
-from headwater.bench.workloads import Data, Workload
+from headwater.bench.workload import Data, Workload
 from headwater.core.capture import evaluation_mode, plan_batches
 from headwater.core.cost import weight_gradients
 from headwater.core.curvature import CurvatureMethod, Identity
@@ -54,6 +54,8 @@ Progress = Callable[[int, int, str], None]
 T = TypeVar("T")
 
 VERSION = 1  # rows of another version are made again
+SEVERAL = ("models", "trajectories")  # what ensembles need
+RECORDS = ("trajectory", "trajectories")  # what measures the curvature itself, along the run
 BANK_SEED = 1000  # seeds of the retrainings begin above those of the models
 
 
@@ -225,11 +227,14 @@ class Bench:
         _, record = self.models[0]
         if entry.needs == "trajectory":
             return {"trajectory": record}
+        if entry.needs == "trajectories":
+            own = [{"trajectory": record} for _, record in self.models]
+            return {"fits": self._all_fits(entry), "own": own}
         if entry.needs == "models":
             if isinstance(entry.curvature, Identity):
                 fit, states = self.fit(entry.curvature)[0], self.models
                 return {"fits": fits_at(fit, [model.state_dict() for model, _ in states])}
-            return {"fits": [self.fit(entry.curvature, s)[0] for s in range(self.n_seeds)]}
+            return {"fits": self._all_fits(entry)}
         if entry.needs in ("checkpoints", "moments"):
             segments = record.segments(len(record.checkpoints) - 1)
             numbers = [segment.checkpoints[-1] for segment in segments]
@@ -245,6 +250,9 @@ class Bench:
                 row[part] = segment.horizon / len(part)
             return more | {"rates": rates}
         return {}
+
+    def _all_fits(self, entry: Entry) -> list[Fit]:
+        return [self.fit(entry.curvature, seed)[0] for seed in range(self.n_seeds)]
 
     def plain_seconds(self, repeats: int = 5) -> float:
         """CPU seconds of a forward and backward pass over the training data, the best of a few."""
@@ -366,8 +374,9 @@ class Bench:
     def _measure(self, entry: Entry) -> list[dict[str, Any]]:
         fit, seconds = self.fit(entry.curvature)
         options = self.options(entry)
-        n_fits = self.n_seeds if entry.needs == "models" else 1
-        fitting = 0.0 if isinstance(entry.curvature, Identity) else n_fits * seconds
+        n_fits = self.n_seeds if entry.needs in SEVERAL else 1
+        unused = isinstance(entry.curvature, Identity) or entry.needs in RECORDS
+        fitting = 0.0 if unused else n_fits * seconds
         base = {
             "name": label(entry, self.n_seeds),
             "fit_passes": fitting / self.plain_seconds(),
@@ -500,7 +509,7 @@ def grouped(every: Sequence[Entry]) -> Iterator[Entry]:
 
 def label(entry: Entry, n_seeds: int) -> str:
     """The entry's name, with the number of models where it takes several."""
-    return f"{entry.name}, {n_seeds} models" if entry.needs == "models" else entry.name
+    return f"{entry.name}, {n_seeds} models" if entry.needs in SEVERAL else entry.name
 
 
 def slug(name: str) -> str:

@@ -4,9 +4,8 @@ Averaging over retrained models removes what the noise of one training run puts 
 2023, arXiv:2303.14186) and SOURCE (Bae et al. 2024, arXiv:2405.12186) report both single models and ensembles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
@@ -50,7 +49,13 @@ class Ensemble(Attributor):
     average: Average = "value"
 
     def attribute(
-        self, fit: Fit, queries: Any, *, fits: Sequence[Fit] | None = None, **options: Any
+        self,
+        fit: Fit,
+        queries: Any,
+        *,
+        fits: Sequence[Fit] | None = None,
+        own: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
     ) -> Scores:
         """Mean scores of every training example.
 
@@ -58,16 +63,20 @@ class Ensemble(Attributor):
             fit: The fit whose examples are scored.
             queries: Examples, a tuple of tensors, or a dataset, like the training data.
             fits: One fit for each model of the ensemble, of the same training data; `fit` alone when left out.
+            own: What each model's method is given beside `options`, such as the record of its run.
             options: Passed on to the method.
 
         Raises:
-            ValueError: The method keeps only some of the scores.
+            ValueError: The method keeps only some of the scores, or `own` is not one for each fit.
         """
         examples, each = as_examples(queries), members(fit, fits)
+        own = [{}] * len(each) if own is None else own
+        if len(own) != len(each):
+            raise ValueError(f"Expected options of each of {len(each)} fits; got {len(own)}.")
         total: Tensor | float = 0.0
         first: Scores | None = None
-        for one in map(partial(same_data, fit), each):
-            scores = self.method.attribute(one, examples, **options)
+        for one, more in zip(each, own, strict=True):
+            scores = self.method.attribute(same_data(fit, one), examples, **options, **more)
             if len(scores.train_ids) < len(fit.train):
                 raise ValueError(
                     f"The method kept {len(scores.train_ids)} of {len(fit.train)} examples, each fit its own; an "

@@ -64,15 +64,21 @@ def correct_class_margin(
 
 
 def stack(models: Sequence[nn.Module]) -> Parameters:
-    """Parameters of models of one shape, stacked along a new first axis."""
+    """Trained parameters of models of one shape, stacked along a new first axis; frozen ones are shared."""
     for name, module in models[0].named_modules():
-        if next(module.buffers(recurse=False), None) is not None:
+        constant = module._non_persistent_buffers_set  # not saved, hence not learned
+        if any(key not in constant for key, _ in module.named_buffers(recurse=False)):
             raise ValueError(
                 f"Models trained side by side keep parameters only; module {name!r} "
                 f"({type(module).__name__}) has buffers. Use one without running statistics."
             )
     named = [dict(model.named_parameters()) for model in models]
-    return {name: torch.stack([p[name].detach() for p in named]) for name in named[0]}
+    trained = [name for name, p in named[0].items() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "No parameter of the model requires gradients, so there is nothing to train."
+        )
+    return {name: torch.stack([p[name].detach() for p in named]) for name in trained}
 
 
 def unstack(parameters: Parameters, index: int) -> Parameters:
@@ -106,7 +112,8 @@ def train(
     """Train models of one shape side by side, each on its own examples.
 
     Args:
-        models: Initial models of one architecture, without buffers or dropout. Not changed.
+        models: Initial models of one architecture, without running statistics or dropout. Not changed. Frozen
+            parameters are those of the first.
         x: Inputs of all examples.
         y: Targets of all examples.
         subsets: For each model the numbers of its examples; subsets of one size.

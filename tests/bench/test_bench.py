@@ -21,14 +21,16 @@ from headwater.bench import (
 )
 from headwater.bench import run as engine
 from headwater.bench.entries import chosen
+from headwater.bench.image_workloads import rotated
 from headwater.bench.run import Bench, grouped, knob, label
-from headwater.bench.workloads import FAST, next_token_loss, rotated, word_ids
+from headwater.bench.text_workloads import next_token_loss, word_ids
+from headwater.bench.workloads import FAST
 from headwater.core.curvature import EKFAC
 from headwater.core.examples import TensorExamples
 from headwater.core.task import CausalLM, Classification
 from headwater.models.gpt import GPT
 from headwater.models.vision import logistic_regression, mlp
-from headwater.trace import Ensemble, GradientDot, Influence, Random, TracIn, Unrolling
+from headwater.trace import Ensemble, GradientDot, Influence, Random, Source, TracIn, Unrolling
 from headwater.training.loop import outputs, stack
 from headwater.training.optimizers import SGD, AdamW
 
@@ -74,6 +76,12 @@ EVERY = [
     Entry(name="TracIn", method=TracIn(), needs="checkpoints"),
     Entry(name="EK-FAC", method=Ensemble(method=PLAIN), curvature=TUNED.curvature, needs="models"),
     Entry(name="unrolling", method=Unrolling(), needs="trajectory"),
+    Entry(
+        name="SOURCE",
+        method=Ensemble(method=Source(segments=1)),
+        curvature=TUNED.curvature,
+        needs="trajectories",
+    ),
 ]
 PLAN = Plan(left_out=0.1, n_samples=30)
 
@@ -103,6 +111,7 @@ def test_every_entry_has_a_row_as_it_comes_and_one_for_its_tuned_knob(report):
             ("TracIn", False),
             ("EK-FAC, 2 models", False),
             ("unrolling", False),
+            ("SOURCE, 2 models", False),
         ]
     )
 
@@ -188,7 +197,7 @@ def test_the_table_has_protocol_ceiling_rows_and_what_is_missing(report):
     assert "| **random** |" in text and "tuned: damping" in text
     assert "untuned: damping 0.05: weight decay of the training run" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 7 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 2 + 8 and len({line.count("|") for line in lines}) == 1
     values = [float(line.split("|")[3].split()[0]) for line in lines[2:]]
     assert values == sorted(values, reverse=True)
 
@@ -197,7 +206,7 @@ def test_the_plot_shows_every_row_and_the_ceiling(report):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("Agg")
     axes = pareto_plot(report).axes[0]
-    assert len(axes.containers) == 7 and axes.get_xscale() == "log"
+    assert len(axes.containers) == 8 and axes.get_xscale() == "log"
     assert any(line.get_label() == "noise ceiling" for line in axes.lines)
     pyplot.close("all")
 

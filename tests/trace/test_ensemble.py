@@ -6,7 +6,7 @@ import torch
 from headwater.core.curvature import EKFAC, Identity
 from headwater.core.fit import fits_at
 from headwater.numerics.ranks import spearman
-from headwater.trace import Ensemble, GradientCosine, Influence
+from headwater.trace import Ensemble, GradientCosine, GradientDot, Influence
 from headwater.trace.ensemble import centered_ranks
 from tests.curvature_cases import case, shared
 from tests.trace.test_tracin import checkpoints
@@ -22,6 +22,20 @@ def test_values_are_averaged():
     torch.testing.assert_close(scores.values, torch.stack(each).mean(0))
     assert scores.measurement == "margin" and scores.facts["members"] == 3
     assert scores.facts["made_from"] == fitted.made_from
+
+
+def test_each_model_is_given_what_is_its_own():
+    """Weights 1 and 3 of the one query, averaged, are twice its scores."""
+    found = shared("mlp")
+    fitted = found.fitted(Identity())
+    plain = GradientDot().attribute(fitted, found.query)
+    n = len(plain.values)
+    own = [{"weights": scale * torch.eye(n), "names": [*map(str, range(n))]} for scale in (1, 3)]
+    ensemble = Ensemble(method=GradientDot())
+    both = ensemble.attribute(fitted, found.query, fits=[fitted, fitted], own=own)
+    torch.testing.assert_close(both.values, 2 * plain.values, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="options of each of 2 fits; got 1"):
+        ensemble.attribute(fitted, found.query, fits=[fitted, fitted], own=own[:1])
 
 
 def test_ranks_are_averaged():
