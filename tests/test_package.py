@@ -37,6 +37,14 @@ def test_importing_the_command_line_loads_no_torch():
     assert loaded_after("import headwater.cli").isdisjoint({"torch", "transformers", "pandas"})
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "headwater", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == headwater.__version__
+
+
 def test_using_the_core_loads_torch_but_no_optional_dependency():
     loaded = loaded_after("import headwater; headwater.fit; headwater.trace")
     assert "torch" in loaded

@@ -76,10 +76,20 @@ def _knob(row: dict[str, Any]) -> str:
     damping, ratio = row.get("damping"), row.get("damping_ratio")
     told = row["knob"]
     if damping and not row["tuned"]:
-        told = f"damping {damping['value']:.2g}: {damping['source']}"
+        told = f"damping {damping['value']:.2g} = {_short(damping['source'])}"
     if ratio:
         told += f" ({ratio:.3g} × mean)"
     return f"{'tuned' if row['tuned'] else 'untuned'}: {told}"
+
+
+def _short(source: str) -> str:
+    """Where a damping comes from, in few words."""
+    for long, short in (
+        ("weight decay of the training run", "weight decay"),
+        (" plus one over its horizon", " + 1/horizon"),
+    ):
+        source = source.replace(long, short)
+    return source
 
 
 def _remarks(report: Report) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headwater.extras import require
 
@@ -43,13 +44,14 @@ class LastBlocks(nn.Module):
         positions = torch.arange(n, device=hidden.device)[None]
         turned = self.rotary(hidden, positions)
         future = torch.full((n, n), -torch.inf, dtype=hidden.dtype, device=hidden.device).triu(1)
-        for block in self.blocks:
-            hidden = block(
-                hidden,
-                attention_mask=future[None, None],
-                position_ids=positions,
-                position_embeddings=turned,
-            )
+        with sdpa_kernel(SDPBackend.MATH):  # the fused ones cannot be batched by vmap
+            for block in self.blocks:
+                hidden = block(
+                    hidden,
+                    attention_mask=future[None, None],
+                    position_ids=positions,
+                    position_embeddings=turned,
+                )
         return self.head(self.norm(hidden))
 
 

@@ -195,7 +195,7 @@ def test_the_table_has_protocol_ceiling_rows_and_what_is_missing(report):
     assert "24 random halves (alpha 0.5), 2 retrainings" in text
     assert "- not in the table: LESS: no moments" in text
     assert "| **random** |" in text and "tuned: damping" in text
-    assert "untuned: damping 0.05: weight decay of the training run" in text
+    assert "untuned: damping 0.05 = weight decay" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 8 and len({line.count("|") for line in lines}) == 1
     values = [float(line.split("|")[3].split()[0]) for line in lines[2:]]
