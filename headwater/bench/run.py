@@ -176,19 +176,15 @@ class Bench:
     def trained(self, seed: int) -> tuple[nn.Module, Trajectory]:
         """A model trained on everything, and the record of its run."""
         w = self.workload
-        made_from = [[o.facts for o in w.recipe], self.data.train.fingerprint(), w.checkpoints]
-        place = self.folder / f"models-{fingerprint_json(made_from)[:8]}" / str(seed)
+        recipe = [stage.facts for stage in w.stages(self.data)]
+        made_from = [recipe, self.data.train.fingerprint(), w.checkpoints, w.adaptive]
         model = w.model(seed)
-        if (place / "trajectory.json").is_file():
-            record = Trajectory.load(place)
-            model.load_state_dict(record.load_checkpoint(-1), strict=False)
-            return model, record
         record = train_model(
             model,
             self.data.train,
             w.task,
             w.stages(self.data),
-            folder=place,
+            folder=self.folder / f"models-{fingerprint_json(made_from)[:8]}" / str(seed),
             checkpoints=w.checkpoints,
             keep_optimizer=w.adaptive,
             seed=seed,

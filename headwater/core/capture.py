@@ -5,7 +5,6 @@ hands what it read (`a`) and the gradient of what it returned (`g`) to accumulat
 pass has reached all its uses. This is the only loop over data in the core.
 """
 
-import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from headwater.core.checkpoint import Checkpoint
+from headwater.core.checkpoint import SAVE_EVERY, Cadence, Checkpoint
 from headwater.core.examples import Examples, take, to_device
 from headwater.core.layers import FUNCTIONAL, KINDS, Layer, Use
 from headwater.core.target import Target
@@ -531,9 +530,6 @@ def plan_batches(
     return plans
 
 
-_WORK_PER_SAVE = 20  # seconds of work for each second that a save took
-
-
 def sweep(
     capture: Capture,
     examples: Examples,
@@ -542,7 +538,7 @@ def sweep(
     *,
     batches: Sequence[BatchPlan] | None = None,
     checkpoint: Checkpoint | None = None,
-    save_every: float = 30.0,
+    save_every: float = SAVE_EVERY,
     progress: Progress | None = None,
     note: str = "",
     stop: Callable[[], bool] | None = None,
@@ -566,7 +562,7 @@ def sweep(
     start, finished = _resume(checkpoint, accumulators, facts)
     if finished:
         return start
-    saved, wait, done = time.monotonic(), save_every, start
+    cadence, done = Cadence(save_every), start
 
     def load(plan: BatchPlan) -> Any:
         return examples.batch(plan.indices)
@@ -581,10 +577,9 @@ def sweep(
             done = number + 1
             if progress is not None:
                 progress(done, len(plans), note)
-            if checkpoint is not None and (began := time.monotonic()) - saved > wait:
-                _save(checkpoint, accumulators, facts | {"done": done, "finished": False})
-                saved = time.monotonic()
-                wait = save_every and max(save_every, _WORK_PER_SAVE * (saved - began))
+            if checkpoint is not None and cadence.due:
+                with cadence.saving():
+                    _save(checkpoint, accumulators, facts | {"done": done, "finished": False})
             if stop is not None and stop():
                 break
     if checkpoint is not None:

@@ -1,10 +1,11 @@
-"""The state of a running job on disk, two generations deep."""
+"""The state of a running job on disk, two generations deep, and how often it is saved."""
 
 import json
 import os
+import time
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,33 @@ from headwater.core.files import (
 from headwater.core.fingerprint import fingerprint_json, fingerprint_tensors, portable
 from headwater.core.manifest import FORMAT, check_format, check_size
 from headwater.core.tensor_files import check_name, check_tensor, write_tensors
+
+SAVE_EVERY = 30.0  # seconds between two states, at least
+_WORK_PER_SAVE = 20  # seconds of work for each second that a save took
+
+
+class Cadence:
+    """When to save the state of a job: saving takes a twentieth of the time at most.
+
+    Args:
+        every: Seconds between two states, at least; 0 saves whenever asked.
+    """
+
+    def __init__(self, every: float = SAVE_EVERY):
+        self.every, self._wait, self._saved = every, every, time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._saved > self._wait
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Put around saving, which it measures."""
+        began = time.monotonic()
+        yield
+        self._saved = time.monotonic()
+        self._wait = self.every and max(self.every, _WORK_PER_SAVE * (self._saved - began))
 
 
 class Checkpoint:

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -42,6 +42,24 @@ class OutOfDisk(OSError, ArtifactError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+def require_same(saved: Mapping[str, str], given: Mapping[str, str], what: str) -> None:
+    """Refuse to go on with what was made from other things, by the names of those that differ.
+
+    Args:
+        saved: Fingerprints of what it was made from.
+        given: Those of what is at hand.
+        what: What was found, as the message begins.
+
+    Raises:
+        ArtifactMismatch: One of `given` differs.
+    """
+    differ = [name for name in given if saved.get(name) != given[name]]
+    if differ:
+        raise ArtifactMismatch(
+            f"{what} with other {' and '.join(differ)}; choose another folder, or remove that one."
+        )
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -194,7 +194,7 @@ def build_bank(
 
     model, stages = make_model(first_seed), as_stages(optimizer)
     meta = {
-        "optimizer": [_stage_facts(stage) for stage in stages],
+        "optimizer": [stage.facts for stage in stages],
         "same_run": same_run,
         "first_seed": first_seed,
         "model": fingerprint_model(model),
@@ -332,13 +332,6 @@ def _fill(
 
 def _seed(subset: int, repeat: int, masks: Tensor, first_seed: int, same_run: bool) -> int:
     return first_seed + (repeat if same_run else repeat * len(masks) + subset)
-
-
-def _stage_facts(stage: Stage) -> dict[str, Any]:
-    """What tells one stage from another, as JSON has it."""
-    seen = stage.examples
-    part = None if seen is None else fingerprint_tensors([("examples", seen)])
-    return portable(stage.optimizer.facts | {"examples": part})
 
 
 def _weights(chosen: Bool[Tensor, "model n_train"], x: Tensor) -> Float[Tensor, "model n_train"]:

@@ -7,7 +7,6 @@ tokens that an average batch scores. Dropout stays off: the run repeats exactly 
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwater.core.checkpoint import Checkpoint
+from headwater.core.checkpoint import SAVE_EVERY, Cadence, Checkpoint
 from headwater.core.examples import Examples, to_device
-from headwater.core.files import ArtifactMismatch
+from headwater.core.files import require_same
 from headwater.core.fingerprint import fingerprint_json, fingerprint_model
 from headwater.core.locks import FolderLock
 from headwater.core.prediction import IGNORE
@@ -31,7 +30,6 @@ from headwater.training.trajectory import FILE, Trajectory
 
 Progress = Callable[[int, int, str], None]
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-SAVE_EVERY = 30.0  # seconds between checkpoints, at least
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,7 +156,7 @@ def _checked(weights: Mapping[str, float], examples: Examples) -> dict[str, floa
 
 def _finished(out: Path, language: LanguageModel, made_from: dict[str, str]) -> Finetuned:
     trajectory = Trajectory.load(out)
-    _require_same(trajectory.made_from, made_from, f"{out} holds a finished run")
+    require_same(trajectory.made_from, made_from, f"{out} holds a finished run")
     adapted = (out / "adapter_config.json").is_file()
     dtype = str(next(language.model.parameters()).dtype).removeprefix("torch.")
     tuned = load_language_model(
@@ -167,14 +165,6 @@ def _finished(out: Path, language: LanguageModel, made_from: dict[str, str]) -> 
         dtype=dtype if dtype in ("float32", "bfloat16") else "auto",  # type: ignore[arg-type]
     )
     return Finetuned(language=tuned, trajectory=trajectory, path=out)
-
-
-def _require_same(saved: dict[str, str], given: dict[str, str], what: str) -> None:
-    differ = [name for name in given if saved.get(name) != given[name]]
-    if differ:
-        raise ArtifactMismatch(
-            f"{what} with other {' and '.join(differ)}; choose another folder, or remove that one."
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +208,7 @@ class _Run:
             for step in range(len(order))
         ]
         scale = _scored(self.examples) / per_epoch
-        losses, saved_at, cost = self._resume(parameters, optimizer), time.monotonic(), 0.0
+        losses, cadence = self._resume(parameters, optimizer), Cadence(SAVE_EVERY)
         for step in range(len(losses), len(order)):
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
@@ -231,14 +221,9 @@ class _Run:
             optimizer.step()
             losses.append(mean)
             done = step + 1
-            # Saving takes a twentieth of the time at most.
-            if time.monotonic() - saved_at > max(SAVE_EVERY, 20 * cost) or (
-                done % per_epoch == 0 and done < len(order)
-            ):
-                begun = time.monotonic()
-                self._save(parameters, optimizer, losses)
-                saved_at = time.monotonic()
-                cost = saved_at - begun
+            if cadence.due or (done % per_epoch == 0 and done < len(order)):
+                with cadence.saving():
+                    self._save(parameters, optimizer, losses)
             if self.progress is not None:
                 epoch = min(step // per_epoch, epochs - 1) + 1
                 self.progress(
@@ -309,7 +294,7 @@ class _Run:
             return []
         tensors, facts = saved
         place = f"{self.checkpoint.folder.parent} holds an unfinished run"
-        _require_same(facts["made_from"], self.made_from, place)
+        require_same(facts["made_from"], self.made_from, place)
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(tensors[f"parameter.{name}"])

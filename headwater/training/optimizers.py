@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headwater.core.fingerprint import fingerprint_tensors, portable
+
 Parameters = dict[str, Tensor]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -279,6 +281,13 @@ class Stage:
     optimizer: Optimizer
     examples: Int[Tensor, " n"] | None = None
     name: str = ""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells one stage from another, as JSON has it; its name does not."""
+        seen = self.examples
+        part = None if seen is None else fingerprint_tensors([("examples", seen)])
+        return portable(self.optimizer.facts | {"examples": part})
 
 
 def as_stages(optimizer: "Optimizer | Sequence[Stage]") -> list[Stage]:

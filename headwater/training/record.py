@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 from torch.utils.data import Dataset
 
+from headwater.core.files import ArtifactMismatch
 from headwater.core.prediction import IGNORE
 from headwater.extras import require
 from headwater.training.trajectory import (
+    FILE,
     CheckpointRecord,
     StageRecord,
     Trajectory,
@@ -33,12 +35,34 @@ from headwater.training.trajectory import (
     write_tensors,
 )
 
+STATE = "checkpoint"  # folder of the state that a killed `train_model` goes on from
 _MOMENTS = {"momentum_buffer": "velocity", "exp_avg": "mean", "exp_avg_sq": "square"}
 _OTHER = ("nesterov", "dampening", "amsgrad", "maximize")
 
 
+def require_free(folder: str | Path) -> None:
+    """Refuse a folder whose run would be overwritten; one with nothing but checkpoints is free.
+
+    Raises:
+        ArtifactMismatch: It holds a finished run, or the state of one that `train_model` goes on with.
+    """
+    folder = Path(folder)
+    if (folder / FILE).exists():
+        raise ArtifactMismatch(
+            f"{folder} holds a finished run ({FILE}), which would be overwritten; choose another "
+            "folder, or remove that one."
+        )
+    if any((folder / STATE).glob("generation-*")):
+        raise ArtifactMismatch(
+            f"{folder} holds an unfinished run that can go on (its state is in {STATE}); finish it "
+            "with the call that began it, choose another folder, or remove that one."
+        )
+
+
 class TrajectoryWriter:
     """Gathers what a run does and writes it into a folder; every recorder is a caller of this one.
+
+    Whether the folder is free, callers ask before (`require_free`).
 
     Args:
         folder: Where `trajectory.json` and the folder `checkpoints` go.
@@ -64,6 +88,10 @@ class TrajectoryWriter:
         self.checkpoints: list[CheckpointRecord] = []
         self._start = {name: value.detach().clone() for name, value in parameters.items()}
         self.checkpoint(0, parameters)
+
+    def again(self, step: int, lr_sum: float, *, moments: bool = False) -> None:
+        """Note a checkpoint that is in the folder already, where a run goes on."""
+        self._note(step, lr_sum, moments)
 
     def stage(self, record: StageRecord) -> None:
         """Begin another stage at the step that comes next."""
@@ -92,16 +120,19 @@ class TrajectoryWriter:
         lr_sum: float = 0.0,
     ) -> None:
         """Keep the parameters after `step` steps, and the optimizer's moments where given."""
-        name, beside = f"checkpoints/step-{step:08}", None
-        write_tensors(self.folder / f"{name}.safetensors", parameters)
-        if moments:
-            beside = f"{name}-optimizer.safetensors"
-            write_tensors(self.folder / beside, moments_by_name(moments))
+        noted = self._note(step, lr_sum, bool(moments))
+        write_tensors(self.folder / noted.path, parameters)
+        if moments and noted.optimizer_path:
+            write_tensors(self.folder / noted.optimizer_path, moments_by_name(moments))
+
+    def _note(self, step: int, lr_sum: float, moments: bool) -> CheckpointRecord:
+        name = f"checkpoints/step-{step:08}"
+        beside = f"{name}-optimizer.safetensors" if moments else None
+        path = f"{name}.safetensors"
         self.checkpoints.append(
-            CheckpointRecord(
-                step=step, path=f"{name}.safetensors", lr_sum=lr_sum, optimizer_path=beside
-            )
+            CheckpointRecord(step=step, path=path, lr_sum=lr_sum, optimizer_path=beside)
         )
+        return self.checkpoints[-1]
 
     def finish(self, parameters: Mapping[str, Tensor]) -> Trajectory:
         """Write the record, and the last parameters if they were not kept yet."""
@@ -155,6 +186,7 @@ class Recorder:
         self.model, self.every, self.keep_optimizer = model, every, keep_optimizer
         self.ids, self.other = ids, dict(other or {})
         self.trajectory: Trajectory | None = None
+        require_free(folder)
         self._writer = TrajectoryWriter(folder, self._parameters(), seed=seed, made_from=made_from)
         self._made: deque[float] = (
             deque()
@@ -279,7 +311,7 @@ def record(
 
     Learning rates and all other settings are read from the optimizer at each of its steps; the loop
     tells which examples a step saw. The initial and the last parameters are always kept. Nothing is
-    written but checkpoints if the block ends by an exception.
+    written but checkpoints if the block ends by an exception; another run may then overwrite them.
 
     Args:
         model: The model in training; parameters that require gradients are kept.
@@ -290,6 +322,9 @@ def record(
         keep_optimizer: Keep the optimizer's moments beside each checkpoint.
         seed: Seed of the run, for the record.
         made_from: Fingerprints of model, data and options, for the record.
+
+    Raises:
+        ArtifactMismatch: The folder holds a recorded run already.
 
     Example:
         >>> import tempfile, torch
@@ -344,8 +379,10 @@ def record_trainer(
         keep_optimizer: Keep the optimizer's moments beside each checkpoint.
 
     Raises:
+        ArtifactMismatch: The folder holds a recorded run already.
         ValueError: Examples are loaded by worker processes, where their order is not seen.
     """
+    require_free(folder)
     transformers = require("transformers", extra="language")
     if trainer.args.dataloader_num_workers:
         raise ValueError(

@@ -11,6 +11,7 @@ of the run and not another run. `train_model` makes and records a run; `Run` rep
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,11 @@ from torch.func import functional_call, grad_and_value
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headwater.core.capture import evaluation_mode
+from headwater.core.checkpoint import SAVE_EVERY, Cadence, Checkpoint
 from headwater.core.examples import Examples, as_examples, to_device
+from headwater.core.files import require_same
 from headwater.core.fingerprint import fingerprint_json, fingerprint_model
+from headwater.core.locks import FolderLock
 from headwater.core.task import Task
 from headwater.training.optimizers import (
     Optimizer,
@@ -35,8 +39,15 @@ from headwater.training.optimizers import (
     as_stages,
     plan_steps,
 )
-from headwater.training.record import TrajectoryWriter
-from headwater.training.trajectory import StageRecord, Trajectory, checkpoint_steps
+from headwater.training.record import STATE, TrajectoryWriter
+from headwater.training.trajectory import (
+    FILE,
+    StageRecord,
+    Trajectory,
+    by_moment,
+    checkpoint_steps,
+    moments_by_name,
+)
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,9 @@ def train_model(
     """Train a model in place with the plain loop, and record the run.
 
     The order of examples is that of `headwater.training.loop.train` with the same seed. Dropout
-    stays off, so that the run repeats exactly.
+    stays off, so that the run repeats exactly. A finished run of the same inputs that is in the
+    folder is read instead of made again, and a killed one goes on where it stopped; both end as
+    the run without interruption, bit by bit.
 
     Args:
         model: The model; parameters that require gradients are trained.
@@ -249,7 +262,9 @@ def train_model(
         The record, or None without a folder.
 
     Raises:
-        FloatingPointError: The loss of a step, or the parameters at the end, were not finite.
+        ArtifactMismatch: The folder holds another run, or one of another model, other data or other options.
+        FloatingPointError: The loss of a step, or the parameters at the end, were not finite. The folder is then
+            free for another run.
         ValueError: There is not one weight for each example.
     """
     examples, stages = as_examples(train), as_stages(optimizer)
@@ -257,43 +272,118 @@ def train_model(
         raise ValueError(
             f"Expected a weight for each of {len(examples)} examples; got {len(weights)}."
         )
-    plan = _plan(model, examples, task, stages, normalize, seed)
-    parameters = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    options = {
+        "task": task.name,
+        "stages": [stage.facts | {"name": stage.name} for stage in stages],
+        "trained": list(trained),
+        "normalize": normalize,
+        "seed": seed,
+        "weights": None if weights is None else weights.tolist(),
+        "checkpoints": checkpoints,
+        "keep_optimizer": keep_optimizer,
+    }
     made_from = {
         "model": fingerprint_model(model),
         "data": examples.fingerprint(),
-        "options": fingerprint_json(
-            [stage.optimizer.facts for stage in stages]
-            + [normalize, seed]
-            + ([] if weights is None else [weights.tolist()])
-        ),
+        "options": fingerprint_json(options),
     }
-    lengths = [stage.stop - stage.start for stage in plan.stages]
-    keep = set(checkpoint_steps(lengths, checkpoints))
-    with TemporaryDirectory() as unused:
-        place = unused if folder is None else folder
-        writer = TrajectoryWriter(place, parameters, seed=seed, made_from=made_from)
-        plan = replace(plan, checkpoints=list(writer.checkpoints), folder=Path(place))
+    with ExitStack() as held:
+        place = Path(held.enter_context(TemporaryDirectory()) if folder is None else folder)
+        held.enter_context(FolderLock(place))
+        if (place / FILE).is_file():
+            return _finished(place, model, made_from)
+        saved = _Saved(Checkpoint(place / STATE), made_from)
+        state, losses = saved.load(trained)
+        plan = _plan(model, examples, task, stages, normalize, seed)
+        lengths = [stage.stop - stage.start for stage in plan.stages]
+        keep, cadence = set(checkpoint_steps(lengths, checkpoints)), Cadence(SAVE_EVERY)
+        if folder is not None and not losses:
+            saved.save(None, [])  # from here on the folder is known to be of this run
+        writer = TrajectoryWriter(place, trained, seed=seed, made_from=made_from)
+        plan = replace(plan, checkpoints=list(writer.checkpoints), folder=place)
         run = Run(model=model, task=task, train=examples, trajectory=plan)
 
-        def after(done: int, state: State, loss: float) -> None:
+        def note(done: int, loss: float) -> None:
             k = done - 1
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"The loss of step {done} is {loss}; lower lr (now {plan.lr[k]:.3g})."
-                )
             if run.begins_stage(k):
                 writer.stage(run.stage(k))
             writer.step(plan.batches[k], plan.lr[k], loss, plan.normalizers[k])
-            if done in keep and folder is not None:
+
+        def after(done: int, state: State, loss: float) -> None:
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss of step {done} is {loss}; lower lr (now {plan.lr[done - 1]:.3g})."
+                )
+            note(done, loss)
+            if folder is not None and done in keep:
                 moments = state.optimizer.moments if keep_optimizer else None
                 writer.checkpoint(done, state.parameters, moments, sum(plan.lr[:done]))
+            if folder is not None and cadence.due and done < run.steps:
+                with cadence.saving():
+                    saved.save(state, writer.losses)
             if progress is not None:
                 progress(done, run.steps, f"training: loss {loss:.3f}")
 
-        final = run.repeat(weights, after_step=after).parameters
-        _put(model, final)
-        return None if folder is None else writer.finish(final)
+        for done, loss in enumerate(losses, start=1):  # of the steps that were made before a kill
+            note(done, loss)
+            if done in keep:
+                writer.again(done, sum(plan.lr[:done]), moments=keep_optimizer)
+        try:
+            final = run.repeat(weights, state=state, start=len(losses), after_step=after).parameters
+            _put(model, final)
+        except FloatingPointError:
+            saved.checkpoint.clear()  # it would end so again
+            raise
+        if folder is None:
+            return None
+        record = writer.finish(final)
+        saved.checkpoint.clear()
+        return record
+
+
+def _finished(folder: Path, model: nn.Module, made_from: dict[str, str]) -> Trajectory:
+    """The record of a finished run; the model gets the parameters that it ended with."""
+    record = Trajectory.load(folder)
+    require_same(record.made_from, made_from, f"{folder} holds a finished run")
+    _put(model, record.load_checkpoint(-1))
+    Checkpoint(folder / STATE).clear()  # left where a run was killed after its last step
+    return record
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The state of a run on disk, to go on from after a kill."""
+
+    checkpoint: Checkpoint
+    made_from: dict[str, str]
+
+    def save(self, state: State | None, losses: Sequence[float]) -> None:
+        """Replace the state; None stands for the state before the first step."""
+        parts = {} if state is None else {"parameter": state.parameters, **state.optimizer.moments}
+        facts = {"made_from": self.made_from, "losses": list(losses)}
+        count = {} if state is None else {"count": state.optimizer.count}
+        self.checkpoint.save(moments_by_name(parts), facts | count)
+
+    def load(self, initial: Parameters) -> tuple[State | None, list[float]]:
+        """The state, in the order and on the devices of the initial one, and the losses before it.
+
+        Raises:
+            ArtifactMismatch: It is the state of another run.
+        """
+        found = self.checkpoint.load()
+        if found is None:
+            return None, []
+        tensors, facts = found
+        place = self.checkpoint.folder.parent
+        require_same(facts["made_from"], self.made_from, f"{place} holds an unfinished run")
+        if not facts["losses"]:
+            return None, []
+        parts = {
+            kind: {name: part[name].to(value.device) for name, value in initial.items()}
+            for kind, part in by_moment(tensors).items()
+        }
+        return State(parts.pop("parameter"), OptimizerState(facts["count"], parts)), facts["losses"]
 
 
 def _put(model: nn.Module, parameters: Parameters) -> None:

@@ -16,7 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headwater.core.files import ArtifactDamaged, ArtifactMissing, read_json, write_json
+from headwater.core.files import (
+    ArtifactDamaged,
+    ArtifactMissing,
+    read_json,
+    sync_folder,
+    write_json,
+)
 from headwater.training.optimizers import OPTIMIZERS, Optimizer
 
 FILE = "trajectory.json"
@@ -264,11 +270,7 @@ class Trajectory:
                 f"The optimizer's state at step {record.step} was not kept; record the run with "
                 "keep_optimizer=True."
             )
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in self._tensors(record.optimizer_path).items():
-            moment, _, parameter = name.partition("/")
-            found.setdefault(moment, {})[parameter] = tensor
-        return found
+        return by_moment(self._tensors(record.optimizer_path))
 
     def _checkpoint(self, i: int) -> CheckpointRecord:
         if not -len(self.checkpoints) <= i < len(self.checkpoints):
@@ -322,6 +324,15 @@ def moments_by_name(moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Te
     return {f"{moment}/{name}": t for moment, part in moments.items() for name, t in part.items()}
 
 
+def by_moment(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Inverse of `moments_by_name`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        moment, _, parameter = name.partition("/")
+        found.setdefault(moment, {})[parameter] = tensor
+    return found
+
+
 def checkpoint_steps(stages: Sequence[int], n: int) -> list[int]:
     """Steps after which `n` evenly spaced checkpoints are kept, and the end of every stage.
 
@@ -352,6 +363,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
+    sync_folder(path.parent)
 
 
 def _file(path: str | Path) -> Path:
