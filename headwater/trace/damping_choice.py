@@ -31,7 +31,7 @@ from headwater.numerics.resampling import Estimate, bootstrap
 from headwater.trace.influence import Influence
 from headwater.trace.measures import linear_datamodeling_score
 from headwater.training.bank import RetrainingBank
-from headwater.training.verify import Retrain
+from headwater.training.retraining import AS_IT_WAS, Change, Retrain, retrain_all
 
 ROUGH = 0.5  # metasmoothness below which a warning is given
 _WIDENINGS = 4
@@ -172,14 +172,17 @@ def choose_by_reweighting(
     n, score = len(fit.train), _scorer(fit, queries, method)
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(n_directions, n, generator=generator, dtype=torch.float64)
-    ones = torch.ones(n)
-    runs = torch.stack(
-        [
-            torch.stack([retrain(ones + k * h * row.float(), run_seed).double() for k in (1, 2)])
-            for row in v
-        ]
-    )  # (direction, 2, query)
-    start = retrain(ones, run_seed).double()
+    along = [
+        Change(
+            name=f"{k} h along direction {i}",
+            weights=dict(enumerate((1 + k * h * row.float()).tolist())),
+        )
+        for i, row in enumerate(v)
+        for k in (1, 2)
+    ]
+    planned = [(change, run_seed) for change in [AS_IT_WAS, *along]]
+    measured = retrain_all(retrain, planned, n_train=n, queries=as_examples(queries).ids)
+    start, runs = measured[0], measured[1:].view(n_directions, 2, -1)  # (direction, 2, query)
     smooth = response_smoothness(start, runs[:, 0], runs[:, 1])
     if smooth < ROUGH:
         warnings.warn(

@@ -17,7 +17,8 @@ References:
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -33,7 +34,7 @@ from headwater.numerics.ranks import (
 )
 from headwater.numerics.resampling import Estimate, bootstrap, bootstrap_lds, noise_ceiling
 from headwater.training.bank import RetrainingBank
-from headwater.training.verify import Retrain
+from headwater.training.retraining import AS_IT_WAS, Change, Progress, Retrain, retrain_all
 
 Side = Literal["proponents", "opponents"]
 
@@ -400,11 +401,14 @@ def removal(
     right: Callable[[Tensor], Tensor] = lambda measurement: measurement > 0,
     queries: Sequence[int] | None = None,
     seed: int = 0,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Removal:
     """Brittleness: retrain without the examples that support each query most, more and more of them.
 
     Args:
-        retrain: Trains with weights of the examples and a seed; returns the measurement of every query.
+        retrain: Trains with weights of the examples and a seed; returns the measurement of every query. An object that
+            makes several runs at once will do (`headwater.training.retraining.StackedRetrain`).
         scores: Scores of all training examples.
         ks: How many to remove; examples that do not support the query are never removed.
         labels: Classes of the training examples: a removal at random has the same mix of them.
@@ -412,12 +416,22 @@ def removal(
         right: Whether measurements mean a right answer: a margin above zero, unless told otherwise.
         queries: Which queries to ask about; all when left out.
         seed: Seed of the removals at random.
+        cache: Folder in which every finished run is kept, so that a killed measurement goes on, and scores that remove
+            the same examples share their runs. Choose one for each `retrain`, unless it tells what it is made from.
+        progress: Called with (runs done, runs in all, note).
 
     Raises:
         ValueError: No query is answered rightly with every seed.
+        FloatingPointError: A run's measurements are not finite.
     """
     support, n = _support(scores), len(scores.train_ids)
-    before = torch.stack([retrain(torch.ones(n), s).double() for s in seeds])  # (seed, query)
+
+    def outcomes(changes: list[Change]) -> Tensor:  # (change, seed, query)
+        runs = [(change, s) for change in changes for s in seeds]
+        kept: dict[str, Any] = {"n_train": n, "queries": scores.query_ids, "cache": cache, "progress": progress}
+        return retrain_all(retrain, runs, **kept).view(len(changes), len(seeds), -1)
+
+    before = outcomes([AS_IT_WAS])[0]  # (seed, query)
     asked = range(len(scores)) if queries is None else queries
     chosen = [q for q in asked if bool(right(before[:, q]).all())]
     if not chosen:
@@ -426,14 +440,18 @@ def removal(
         )
     generator = torch.Generator().manual_seed(seed)
     classes = torch.zeros(n, dtype=torch.long) if labels is None else labels
-    after = torch.empty(2, len(ks), len(chosen), len(seeds), dtype=torch.float64)
-    for i, k in enumerate(ks):
-        for j, q in enumerate(chosen):
+    planned = []
+    for k in ks:
+        for q in chosen:
             top = strongest(support[q], k)
-            sets = (top, random_like(top, classes, generator))
-            for which, removed in enumerate(sets):
-                for r, s in enumerate(seeds):
-                    after[which, i, j, r] = _without(retrain, n, removed, s)[q]
+            other = random_like(top, classes, generator)
+            planned += [
+                _without(top, f"without the top {len(top)} of {scores.query_ids[q]}"),
+                _without(other, f"without {len(other)} like the top of {scores.query_ids[q]}"),
+            ]
+    own = torch.arange(len(chosen))
+    table = outcomes(planned).view(len(ks), len(chosen), 2, len(seeds), -1)
+    after = table[:, own, :, :, chosen].permute(2, 1, 0, 3)  # (top or control, k, query, seed)
     change = after - before[:, chosen].T
     flipped = ~right(after.mean(-1))
     return Removal(
@@ -457,13 +475,16 @@ def query_loss_difference(
     queries: Sequence[int] | None = None,
     n_samples: int = 1000,
     seed: int = 0,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> OverQueries:
     """Loss of a query after retraining without its strongest examples, minus that without as many at random.
 
     Positive for proponents that matter, negative for opponents.
 
     Args:
-        retrain: Trains with weights of the examples and a seed; returns the loss of every query.
+        retrain: Trains with weights of the examples and a seed; returns the loss of every query. An object that makes
+            several runs at once will do.
         scores: Scores of all training examples.
         share: Share of the examples to remove, at least one.
         side: Those that support the query's answer, or those that stand against it.
@@ -471,20 +492,32 @@ def query_loss_difference(
         queries: Which queries to ask about; all when left out.
         n_samples: Bootstrap draws, over queries and seeds together.
         seed: Seed of the removals at random.
+        cache: Folder in which every finished run is kept, as in `removal`.
+        progress: Called with (runs done, runs in all, note).
+
+    Raises:
+        FloatingPointError: A run's losses are not finite.
     """
     n = len(scores.train_ids)
     support, k = _support(scores), max(1, round(share * n))
     asked = list(range(len(scores)) if queries is None else queries)
     generator = torch.Generator().manual_seed(seed)
-    difference = torch.empty(len(asked), len(seeds), dtype=torch.float64)
-    for j, q in enumerate(asked):
+    planned = []
+    for q in asked:
         order = support[q] if side == "proponents" else -support[q]
         removed = order.topk(k).indices
         control = random_like(removed, torch.zeros(n, dtype=torch.long), generator)
-        for r, s in enumerate(seeds):
-            difference[j, r] = (
-                _without(retrain, n, removed, s)[q] - _without(retrain, n, control, s)[q]
-            )
+        name = scores.query_ids[q]
+        planned += [
+            _without(removed, f"without the top {k} of {name}"),
+            _without(control, f"without {k} at random for {name}"),
+        ]
+    runs = [(change, s) for change in planned for s in seeds]
+    losses = retrain_all(
+        retrain, runs, n_train=n, queries=scores.query_ids, cache=cache, progress=progress
+    ).view(len(asked), 2, len(seeds), -1)
+    own = losses[torch.arange(len(asked)), :, :, asked]  # (query, top or control, seed)
+    difference = own[:, 0] - own[:, 1]
     return OverQueries(estimate=_mean(difference, n_samples), per_query=difference.mean(1))
 
 
@@ -521,10 +554,8 @@ def _support(scores: Scores) -> Tensor:
     return scores.values.double() * (-1 if scores.measurement == "loss" else 1)
 
 
-def _without(retrain: Retrain, n: int, removed: Tensor, seed: int) -> Tensor:
-    weights = torch.ones(n)
-    weights[removed] = 0
-    return retrain(weights, seed).detach().double().cpu()
+def _without(removed: Int[Tensor, " removed"], name: str) -> Change:
+    return Change(name=name, weights=dict.fromkeys(removed.tolist(), 0.0))
 
 
 def _mean(table: Float[Tensor, "query repeat"], n_samples: int) -> Estimate:

@@ -256,7 +256,7 @@ def build_bank_with(
     def pooled(todo: list[Cell]) -> Iterator[tuple[list[Cell], dict[str, Tensor]]]:
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
         options = (os.getpid(), n_threads)
-        with ProcessPoolExecutor(n_processes, context, _begin_worker, options) as pool:
+        with ProcessPoolExecutor(n_processes, context, begin_worker, options) as pool:
             waiting, rest = dict[Future, Cell](), list(todo)
             try:
                 while waiting or rest:
@@ -281,7 +281,7 @@ def build_bank_with(
     return _fill(folder, masks, None, repeats, meta, runner, progress)
 
 
-def _begin_worker(parent: int, n_threads: int) -> None:
+def begin_worker(parent: int, n_threads: int) -> None:
     """Set threads, and end with the process that asked for the work, however that ends."""
     torch.set_num_threads(n_threads)
 

@@ -137,7 +137,7 @@ def train(
             f"{len(subsets)} subsets and {len(seeds)} seeds."
         )
     model, parameters, stages = models[0], stack(models), as_stages(optimizer)
-    dtype = next(iter(parameters.values())).dtype
+    like = next(iter(parameters.values()))
 
     def objective(theta: Parameters, inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         return (weight * loss(functional_call(model, theta, (inputs,)), targets)).mean()
@@ -145,12 +145,10 @@ def train(
     gradient, state = vmap(grad(objective)), None
     for done, planned in enumerate(plan_steps(subsets, seeds=seeds, stages=stages), start=1):
         index, rule = planned.examples, stages[planned.stage].optimizer
-        weight = index.new_ones(index.shape, dtype=dtype)
-        if weights is not None:
-            weight = weights.gather(1, index)
+        weight = torch.ones(index.shape) if weights is None else weights.gather(1, index)
         if state is None or planned.step == 0:
             state = rule.init(parameters)
-        gradients = gradient(parameters, x[index], y[index], weight)
+        gradients = gradient(parameters, x[index], y[index], weight.to(like))
         parameters, state = rule.step(parameters, state, gradients, planned.lr)
         if after_step is not None:
             after_step(done, parameters)

@@ -9,7 +9,7 @@ else (same seed, same order of examples), or against the mean over several seeds
 control: a ranking that knows something moves the measurement more than chance does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,47 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.files import read_json, write_json
-from headwater.core.fingerprint import fingerprint_json
 from headwater.core.scores import Scores
 from headwater.numerics.resampling import mean_interval
+from headwater.training.retraining import AS_IT_WAS, Change, Progress, Retrain, retrain_all
 
-# Weights of all training examples, and the seed of the run -> the measurement of every query.
-Retrain = Callable[[Float[Tensor, " train"], int], Float[Tensor, " query"]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """A change of the training data: the weight of each example that no longer counts once.
-
-    Args:
-        name: What it is, in words.
-        weights: New weights by number of the training example: 0 leaves it out, 2 counts it twice.
-        control: Whether it was chosen at random, for comparison.
-    """
-
-    name: str
-    weights: dict[int, float]
-    control: bool = False
-
-    def vector(self, n_train: int) -> Float[Tensor, " train"]:
-        """Weights of all examples."""
-        weights = torch.ones(n_train)
-        for number, weight in self.weights.items():
-            weights[number] = weight
-        return weights
-
-    def predicted(self, scores: Scores) -> Float[Tensor, " query"]:
-        """What the scores say it does to each query's measurement."""
-        numbers = scores.kept or range(len(scores.train_ids))
-        column = {number: i for i, number in enumerate(numbers)}
-        missing = [n for n in self.weights if n not in column]
-        if missing:
-            raise ValueError(
-                f"Training example {missing[0]} has no score; score with keep=None to verify {self.name!r}."
-            )
-        chosen = [column[n] for n in self.weights]
-        moved = torch.tensor(list(self.weights.values()), dtype=torch.float64) - 1
-        return scores.values[:, chosen].double() @ moved
+__all__ = ["Change", "Outcome", "Retrain", "Verification", "changes", "verify"]
 
 
 def changes(
@@ -204,22 +168,24 @@ def verify(
     seeds: Sequence[int] = (0,),
     before: Float[Tensor, " query"] | None = None,
     cache: str | Path | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Retrain under each change and compare what happened with what the scores say.
 
     Args:
-        retrain: Trains with the given weights of the examples and seed; returns the measurement of every query.
+        retrain: Trains with the given weights of the examples and seed; returns the measurement of every query. Or an
+            object that makes several runs at once (`headwater.training.retraining`).
         scores: The claim, in the measurement's unit.
         planned: The changes; `changes(scores)` when left out.
         seeds: The original run's seed for a statement about that run; several for one about the expected outcome.
         before: The measurements of the original run, where one seed is given and they are known.
         cache: Folder in which every finished run's measurements are kept, so that a killed verification goes on.
-            Choose one for each `retrain`.
+            Choose one for each `retrain`, unless it tells what it is made from.
         progress: Called with (runs done, runs in all, note).
 
     Raises:
-        ValueError: The scores do not cover a change, or `retrain` returns other than one number a query.
+        ValueError: The scores have no unit or do not cover a change, or `retrain` returns other than one number a query.
+        FloatingPointError: A run's measurements are not finite.
     """
     if not len(seeds):
         raise ValueError("Expected one seed or more; got none.")
@@ -227,24 +193,28 @@ def verify(
         raise ValueError(
             f"before must be one number for each of {len(scores)} queries; got shape {tuple(before.shape)}."
         )
+    if not scores.unit:
+        raise ValueError(
+            "These scores have no unit, only an order: they predict no change that could be held against retraining. "
+            "Score with a method in nats, or hold the order against retraining with "
+            "headwater.trace.measures.removal."
+        )
     planned = changes(scores) if planned is None else list(planned)
     predicted = [change.predicted(scores) for change in planned]
-    n = scores.n_train or len(scores.train_ids)
-    runs = [(change, seed) for change in [None, *planned] for seed in seeds]
     known = before if len(seeds) == 1 else None
-    measured: list[Tensor] = []
-    for done, (change, seed) in enumerate(runs):
-        name = "as it was" if change is None else change.name
-        if progress is not None:
-            progress(done, len(runs), f"retraining: {name}")
-        if change is None and known is not None:
-            measured.append(known.double())
-            continue
-        weights = torch.ones(n) if change is None else change.vector(n)
-        measured.append(_cached(cache, retrain, weights, seed, scores.query_ids))
-    if progress is not None:
-        progress(len(runs), len(runs), "retraining: done")
-    values = torch.stack(measured).view(1 + len(planned), len(seeds), -1)
+    first = [AS_IT_WAS] if known is None else []
+    runs = [(change, seed) for change in [*first, *planned] for seed in seeds]
+    measured = retrain_all(
+        retrain,
+        runs,
+        n_train=scores.n_train or len(scores.train_ids),
+        queries=scores.query_ids,
+        cache=cache,
+        progress=progress,
+    )
+    if known is not None:
+        measured = torch.cat([known.double().cpu()[None], measured])
+    values = measured.view(1 + len(planned), len(seeds), -1)
     outcomes = []
     for change, guess, after in zip(planned, predicted, values[1:], strict=True):
         moved = after - values[0]
@@ -267,24 +237,5 @@ def verify(
         outcomes=tuple(outcomes),
         measurement=scores.measurement,
         protocol="same run" if len(seeds) == 1 else f"mean over {len(seeds)} seeds",
-        facts={"seeds": list(seeds), "runs": len(runs) - (known is not None)},
+        facts={"seeds": list(seeds), "runs": len(runs)},
     )
-
-
-def _cached(
-    cache: str | Path | None, retrain: Retrain, weights: Tensor, seed: int, queries: list[str]
-) -> Tensor:
-    """One run's measurements, read where the same run was made before."""
-    digest = fingerprint_json([weights.tolist(), seed, queries])[:24]
-    place = None if cache is None else Path(cache) / f"{digest}.json"
-    if place is not None and place.is_file():
-        return torch.tensor(read_json(place)["measurements"], dtype=torch.float64)
-    found = retrain(weights, seed).detach().double().cpu()
-    if found.shape != (len(queries),):
-        raise ValueError(
-            f"retrain must return one number for each of {len(queries)} queries; got shape {tuple(found.shape)}."
-        )
-    if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, {"measurements": found.tolist(), "seed": seed})
-    return found

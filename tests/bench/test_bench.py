@@ -157,8 +157,12 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_read(folder, report, monkeyp
     rows = folder / "tiny" / "rows"
     (rows / "tracin.json").unlink()
     trained, measured = [], []
-    original = Bench._measure
-    monkeypatch.setattr(engine, "train_model", lambda *a, **k: trained.append(a))
+    original, train_model = Bench._measure, engine.train_model
+
+    def followed(*inputs, **options):
+        return train_model(*inputs, **options | {"progress": lambda *step: trained.append(step)})
+
+    monkeypatch.setattr(engine, "train_model", followed)
 
     def counted(self, entry):
         measured.append(entry.name)

@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from headwater.core.examples import TensorExamples
+from headwater.core.files import ArtifactMismatch
 from headwater.core.task import Classification
 from headwater.models.vision import mlp
 from headwater.training.optimizers import SGD, Adam, AdamW
@@ -125,6 +126,47 @@ def test_a_loop_that_fails_leaves_no_record_and_no_hook(tmp_path):
         raise KeyError
     assert not (tmp_path / "trajectory.json").exists()
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_folder_that_holds_a_run_is_refused_at_the_start(tmp_path):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with record(model, optimizer, tmp_path):
+        pass
+    before = (tmp_path / "trajectory.json").read_bytes()
+    with pytest.raises(ArtifactMismatch, match=r"finished run \(trajectory.json\), which would be"):
+        with record(model, optimizer, tmp_path):
+            pytest.fail("went on")
+    with pytest.raises(ArtifactMismatch, match="finished run"):
+        record_trainer(None, tmp_path)
+    assert (tmp_path / "trajectory.json").read_bytes() == before
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_checkpoints_of_a_loop_that_failed_may_be_overwritten(tmp_path):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(KeyError), record(model, optimizer, tmp_path):
+        raise KeyError
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with record(model, optimizer, tmp_path) as recorder:
+        pass
+    assert torch.equal(recorder.trajectory.load_checkpoint(0)["0.weight"], model[0].weight)
+
+
+def test_a_run_that_can_go_on_is_not_overwritten(tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_model(
+            net(), examples(), Classification(), PAIRS[0][0], folder=tmp_path, progress=stop
+        )
+    model = net()
+    with pytest.raises(ArtifactMismatch, match="unfinished run that can go on"):
+        with record(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path):
+            pytest.fail("went on")
 
 
 def test_stages_follow_each_other(tmp_path):

@@ -1,11 +1,20 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from headwater.core.examples import TensorExamples
+from headwater.core.files import ArtifactMismatch, FolderBusy
+from headwater.core.locks import FolderLock
 from headwater.core.task import CausalLM, Classification
 from headwater.models.vision import mlp
+from headwater.training import run as module
 from headwater.training.loop import train
 from headwater.training.optimizers import SGD, Adam, AdamW, Stage
 from headwater.training.run import Run, train_model
@@ -186,3 +195,177 @@ def test_weights_are_one_for_each_example_and_make_another_run(tmp_path):
     assert made_from(doubled, "a") == made_from(doubled, "b") != made_from(None, "c")
     with pytest.raises(ValueError, match="a weight for each of 14 examples; got 15"):
         train_model(net(), data, Classification(), rule, weights=torch.ones(15))
+
+
+# Finished, killed, and other runs in the folder
+
+
+STAGES = [
+    Stage(name="first", optimizer=RULES[0], examples=torch.arange(8)),
+    Stage(name="second", optimizer=RULES[2], examples=torch.arange(6, 14)),
+]
+
+
+def fixed():
+    """Data that another process makes too."""
+    x = torch.randn(14, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return TensorExamples(x, torch.arange(14) % 3, ids=[f"e{i}" for i in range(14)])
+
+
+def made(folder, model=None, data=None, optimizer=STAGES, **options):
+    """A run that ends with its model and its record."""
+    model = net() if model is None else model
+    options = {"checkpoints": 5, "keep_optimizer": True, "seed": 3} | options
+    data = fixed() if data is None else data
+    return model, train_model(model, data, Classification(), optimizer, folder=folder, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process at once."""
+
+
+def killed_at(step):
+    def progress(done, total, note):
+        if done == step:
+            raise Killed
+
+    return progress
+
+
+def test_a_finished_run_is_read_and_not_made_again(tmp_path):
+    model, first = made(tmp_path)
+    before = contents(tmp_path)
+    again, second = made(tmp_path, progress=lambda *step: pytest.fail("trained again"))
+    assert second == first and contents(tmp_path) == before
+    for name, value in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), value)
+
+
+@pytest.mark.parametrize("every", [0.0, 30.0])
+@pytest.mark.parametrize("step", range(1, 9))
+def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been_stopped(
+    step, every, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "SAVE_EVERY", every)
+    model, _ = made(tmp_path / "whole")
+    with pytest.raises(Killed):
+        made(tmp_path / "cut", progress=killed_at(step))
+    steps = []
+    again, _ = made(tmp_path / "cut", progress=lambda done, *_: steps.append(done))
+    # The last state that is saved is that before the last step.
+    assert steps == list(range(min(step, 7) + 1 if every == 0 else 1, 9))
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    for name, value in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), value)
+
+
+SCRIPT = """
+import os, random, signal, sys, time
+import headwater.training.run as module
+from tests.training.test_run import made
+module.SAVE_EVERY, kills = 0.0, 0
+made(sys.argv[1] + "-first")  # so that children have nothing left to import
+while True:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        made(sys.argv[1], progress=lambda *step: os.write(write, b"."))
+        os._exit(0)
+    os.close(write)
+    if kills < 6:
+        os.read(read, 1)
+        time.sleep(random.uniform(0, 0.01))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    os.close(read)
+    if os.WIFEXITED(status):
+        break
+    kills += 1
+print(kills, os.WEXITSTATUS(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs kill -9 and fork")
+def test_a_run_killed_at_any_moment_ends_bit_by_bit_as_one_that_was_not(tmp_path):
+    """Killed while it computes, writes or clears away, again and again until it gets through."""
+    _, whole = made(tmp_path / "whole")
+    out = tmp_path / "out"
+    path = os.pathsep.join([os.getcwd(), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}  # for the fork
+    command = [sys.executable, "-c", SCRIPT, str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    kills, status = map(int, done.stdout.split())
+    assert status == 0 and kills >= 1, done.stderr
+    assert contents(out) == contents(tmp_path / "whole")
+    assert made(out)[1] == whole
+
+
+def test_what_a_kill_after_the_last_step_leaves_is_cleared_away(tmp_path, monkeypatch):
+    made(tmp_path / "whole")
+
+    def dies(checkpoint):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Checkpoint, "clear", dies)
+        with pytest.raises(Killed):
+            made(tmp_path / "cut")
+    assert (tmp_path / "cut" / "checkpoint").exists()
+    made(tmp_path / "cut", progress=lambda *step: pytest.fail("trained again"))
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"model": net(1)}, "model"),
+        ({"data": examples(13)}, "data"),
+        ({"seed": 4}, "options"),
+        ({"checkpoints": 4}, "options"),
+        ({"keep_optimizer": False}, "options"),
+        ({"weights": torch.ones(14)}, "options"),
+        ({"optimizer": STAGES[:1]}, "options"),
+        ({"optimizer": [STAGES[0], Stage(name="second", optimizer=RULES[2])]}, "options"),
+        ({"model": net(1), "data": examples(13), "seed": 4}, "model and data and options"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused_and_left_as_it_is(change, what, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
+    stopped = {} if "data" not in change else {"optimizer": RULES[0]}
+    with pytest.raises(Killed):
+        made(tmp_path, progress=killed_at(2), **stopped)
+    for state in ("an unfinished", "a finished"):
+        before = contents(tmp_path)
+        other = stopped | change
+        model = other.get("model", net())
+        start = {name: value.clone() for name, value in model.named_parameters()}
+        with pytest.raises(ArtifactMismatch, match=f"holds {state} run with other {what};"):
+            made(tmp_path, **other)
+        assert contents(tmp_path) == before
+        assert all(torch.equal(model.get_parameter(n), value) for n, value in start.items())
+        made(tmp_path, **stopped)
+
+
+def test_a_run_that_diverged_leaves_the_folder_free(tmp_path):
+    wild = SGD(lr=1e200, batch_size=4, epochs=2)
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        made(tmp_path, optimizer=wild)
+    assert made(tmp_path, optimizer=RULES[0])[1].steps == 8
+
+
+def test_two_processes_do_not_write_one_run(tmp_path):
+    with FolderLock(tmp_path), pytest.raises(FolderBusy):
+        made(tmp_path)
+
+
+def test_the_record_is_plain_json(tmp_path):
+    made(tmp_path)
+    facts = json.loads((tmp_path / "trajectory.json").read_text())
+    assert sorted(facts["made_from"]) == ["data", "model", "options"]
