@@ -21,10 +21,10 @@ from torch.nn.functional import softplus
 
 from headwater.bench.entries import entries
 from headwater.bench.run import Bench, Plan, grouped
-from headwater.bench.table import figures
 from headwater.bench.workloads import WORKLOADS
 from headwater.core.scores import Scores
 from headwater.extras import require
+from headwater.numerics.resampling import Estimate
 from headwater.trace.measures import OverQueries, Removal, query_loss_difference, removal
 from headwater.training.retraining import Change, StackedRetrain, retrain_all
 
@@ -99,6 +99,10 @@ def judge(
     return found
 
 
+def interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
 def rows(found: dict[str, tuple[Removal, OverQueries]]) -> list[str]:
     """Two Markdown tables: answers that became wrong, and margins with the loss difference."""
     ks = next(iter(found.values()))[0].ks
@@ -109,8 +113,8 @@ def rows(found: dict[str, tuple[Removal, OverQueries]]) -> list[str]:
         cells = [f"{100 * a.value:.0f} % · {100 * b.value:.0f} %" for a, b in pairs]
         flips.append(f"| {name} | {' | '.join(cells)} |")
         pairs = zip(curves.mean_change(), curves.mean_change(control=True), strict=True)
-        cells = [f"{figures(a)} · {b.value:.2f}" for a, b in pairs]
-        moves.append(f"| {name} | {' | '.join(cells)} | {figures(difference.estimate)} |")
+        cells = [f"{interval(a)} · {b.value:.2f}" for a, b in pairs]
+        moves.append(f"| {name} | {' | '.join(cells)} | {interval(difference.estimate)} |")
     return [*flips, "", *moves]
 
 
@@ -161,7 +165,9 @@ def main(
     bench = Bench(WORKLOADS[workload], folder / workload, Plan(seeds=1), say)
     found = judge(bench, methods, ks=ks, n_queries=queries, seeds=range(1000, 1000 + seeds))
     curves = next(iter(found.values()))[0]
-    print(f"{len(curves.queries)} queries answered rightly with every seed, {curves.left_out} others")
+    print(
+        f"{len(curves.queries)} queries answered rightly with every seed, {curves.left_out} others"
+    )
     print("\n".join(rows(found)))
     if plot_file is not None:
         plot(found, plot_file)

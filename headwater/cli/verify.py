@@ -1,6 +1,8 @@
 """`headwater verify`: repeat the fine-tuning without the named examples, and see whether the scores were right."""
 
 import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +105,9 @@ def verify(command: Verify, *, quiet: bool = False) -> "Verification":
         )
     folder = command.run / "verify" / name
     options = {k: v for k, v in asdict(command).items() if k not in ("run", "name", "json")}
-    made = fingerprint_json([options, tuning, source, evidence.facts.get("question"), list(said)])
+    asked_digest = evidence.facts.get("question")
+    fit = _fit_made_from(command.run)
+    made = fingerprint_json([options, tuning, source, asked_digest, list(said), fit])
     place = folder / f"{made[:16]}.json"
     if place.is_file():
         say(f"  read from {place}")
@@ -112,6 +116,16 @@ def verify(command: Verify, *, quiet: bool = False) -> "Verification":
     found.save(place)
     say(f"  saved in {place}")
     return found
+
+
+def _fit_made_from(run: Path) -> list[Any]:
+    """What tells one fit of a run folder from another: its content, and the options that scores depend on."""
+    from headwater.core.store import Artifact
+
+    manifest = Artifact.open(run / "fit", kind="fit").manifest
+    timed = ("seconds", "versions")
+    facts = {k: v for k, v in manifest["facts"]["fit"].items() if k not in timed}
+    return [manifest["made_from"], manifest["files"], facts]
 
 
 def _tuning(model: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -152,7 +166,6 @@ def _verify(
     from headwater.models.language import load_language_model
     from headwater.trace.influence import Influence
     from headwater.training.finetune import finetune
-    from headwater.training.trajectory import FILE
     from headwater.training.verify import changes, verify
 
     session, _ = run_session(command.run)
@@ -183,7 +196,10 @@ def _verify(
         values = _measured(model, queries, measurement)
         return values if weights is None else weights.to(values) @ values
 
+    measured_runs: list[Path] = []
+
     def retrain(new: "Tensor", seed: int) -> "Tensor":
+        clear(measured_runs)  # by now their measurements are kept
         changed = {examples.ids[i]: float(new[i]) for i in (new != 1).nonzero()[:, 0].tolist()}
         out = folder / "runs" / fingerprint_json([changed, seed])[:16]
         done = finetune(
@@ -200,12 +216,8 @@ def _verify(
             weights=changed,
             progress=bar,
         )
-        values = measured(done.language.model)
-        (
-            out / FILE
-        ).unlink()  # first: without it, what a kill leaves of the folder is no finished run
-        shutil.rmtree(out)
-        return values
+        measured_runs.append(out)
+        return measured(done.language.model)
 
     with progress_bar(quiet=quiet) as bar:
         scores = method.attribute(
@@ -232,8 +244,22 @@ def _verify(
             cache=folder / "measured" / made[:16],
             progress=bar,
         )
+    clear((folder / "runs").glob("*"))  # and what verifications left that were given up
     asked = {queries.ids[q] for q in chosen or range(n)}
     return replace(found, outcomes=tuple(o for o in found.outcomes if o.query_id in asked))
+
+
+def clear(runs: Iterable[Path]) -> None:
+    """Remove the folders of runs, but for those that another process is writing."""
+    from headwater.core.files import FolderBusy
+    from headwater.core.locks import FolderLock
+    from headwater.training.trajectory import FILE
+
+    for run in [r for r in runs if r.is_dir()]:
+        with suppress(FolderBusy, FileNotFoundError), FolderLock(run):
+            # First: without it, what a kill leaves of the folder is no finished run.
+            (run / FILE).unlink(missing_ok=True)
+            shutil.rmtree(run)
 
 
 def _formats(model: "nn.Module") -> set:

@@ -428,7 +428,12 @@ def removal(
 
     def outcomes(changes: list[Change]) -> Tensor:  # (change, seed, query)
         runs = [(change, s) for change in changes for s in seeds]
-        kept: dict[str, Any] = {"n_train": n, "queries": scores.query_ids, "cache": cache, "progress": progress}
+        kept: dict[str, Any] = {
+            "n_train": n,
+            "queries": scores.query_ids,
+            "cache": cache,
+            "progress": progress,
+        }
         return retrain_all(retrain, runs, **kept).view(len(changes), len(seeds), -1)
 
     before = outcomes([AS_IT_WAS])[0]  # (seed, query)

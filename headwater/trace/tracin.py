@@ -74,12 +74,13 @@ class TracIn(Attributor):
             weights: Linear combinations of queries to ask about (group, query).
             names: Names of those groups.
             progress: Called with (done, total, note).
+
+        Raises:
+            ValueError: There is not one rate for each checkpoint, or not one for each checkpoint and example.
         """
         examples, each = as_examples(queries), members(fit, fits)
-        if rates is not None and len(rates) != len(each):
-            raise ValueError(
-                f"Expected one learning rate for each of {len(each)} checkpoints; got {len(rates)}."
-            )
+        if rates is not None:
+            _check(rates, len(each), len(fit.train))
 
         def products() -> Iterable[Tensor]:
             for one in map(partial(same_data, fit), each):
@@ -98,4 +99,18 @@ class TracIn(Attributor):
             names=names,
             unit="" if rates is None else "nats",
             facts={"checkpoints": len(each)},
+        )
+
+
+def _check(rates: Sequence[float] | Tensor, n_checkpoints: int, n_train: int) -> None:
+    """Refuse rates that are not one for each checkpoint, or one for each checkpoint and example."""
+    if len(rates) != n_checkpoints:
+        raise ValueError(
+            f"Expected one learning rate for each of {n_checkpoints} checkpoints; got {len(rates)}."
+        )
+    shape = tuple(torch.as_tensor(rates).shape)
+    if shape not in ((n_checkpoints,), (n_checkpoints, n_train)):
+        raise ValueError(
+            f"Expected rates of shape ({n_checkpoints},), one for each checkpoint, or ({n_checkpoints}, {n_train}), one "
+            f"for each checkpoint and training example; got {shape}."
         )

@@ -122,7 +122,9 @@ def retrain_all(
     """
     made_from = getattr(retrain, "made_from", None)
     keys = [_key(change, seed, n_train, queries, made_from) for change, seed in runs]
-    found = {key: values for key in set(keys) if (values := _read(cache, key, len(queries))) is not None}
+    found = {
+        key: values for key in set(keys) if (values := _read(cache, key, len(queries))) is not None
+    }
     todo = {key: run for key, run in zip(keys, runs, strict=True) if key not in found}
     waiting, total = list(todo.items()), len(set(keys))
     size = getattr(retrain, "n_parallel", 32) if isinstance(retrain, RetrainMany) else 1

@@ -293,6 +293,8 @@ def train_model(
         held.enter_context(FolderLock(place))
         if (place / FILE).is_file():
             return _finished(place, model, made_from)
+        for partial in place.glob(f".{FILE}.partial-*"):  # left where a run was killed at its end
+            partial.unlink()
         saved = _Saved(Checkpoint(place / STATE), made_from)
         state, losses = saved.load(trained)
         plan = _plan(model, examples, task, stages, normalize, seed)

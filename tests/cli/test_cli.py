@@ -1,6 +1,7 @@
 """The commands on a tiny model and files written here, as a person would run them."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ pytest.importorskip("peft")
 
 from headwater.cli import COMMANDS, main
 from headwater.core.evidence import Evidence
+from headwater.core.locks import FolderLock
 from tests.language_cases import WORDS, llama, saved
 
 TOPICS = ("rivers", "hills")
@@ -182,13 +184,52 @@ def test_a_verification_killed_while_it_cleared_a_run_away_goes_on(tuned, monkey
         next(folder.glob("*.safetensors")).unlink()
         raise KeyboardInterrupt
 
-    words = ["verify", str(tuned), "--top", "1", "--random-seed", "7", "--json"]
+    def kept():
+        return len(list((tuned / "verify" / "trace" / "measured").rglob("*.json")))
+
+    words, before = ["verify", str(tuned), "--top", "1", "--random-seed", "7", "--json"], kept()
     with monkeypatch.context() as patch:
         patch.setattr(verify.shutil, "rmtree", dies)
         assert main(words) == 130
+    assert kept() == before + 1  # a run is cleared away only when its measurements are kept
     capsys.readouterr()
     assert main(words) == 0
     assert len(json.loads(capsys.readouterr().out)["outcomes"]) == 6
+
+
+def test_what_verifications_left_that_were_given_up_is_cleared_away(tuned, capsys):
+    runs = tuned / "verify" / "trace" / "runs"
+    for name in ("given up", "busy"):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "adapter_model.safetensors").write_bytes(b"0" * 100)
+    words = ["verify", str(tuned), "--top", "1", "--random-seed", "8"]
+    with FolderLock(runs / "busy"):
+        assert main(words) == 0
+    assert [each.name for each in runs.iterdir()] == ["busy"]
+    shutil.rmtree(runs / "busy")
+
+
+def test_a_verification_of_an_older_fit_is_not_taken_for_that_of_the_new_one(place, tuned, capsys):
+    model, train, out = (str(place / n) for n in ("adapted", "train.jsonl", "fitted twice"))
+
+    def fit(curvature):
+        assert main(["fit", model, train, "--out", out, "--curvature", curvature]) == 0
+
+    def predicted():
+        capsys.readouterr()
+        assert main(["verify", out, "--top", "2", "--json"]) == 0
+        return [o["predicted"] for o in json.loads(capsys.readouterr().out)["outcomes"]]
+
+    def files():
+        return len(list((place / "fitted twice" / "verify" / "trace").glob("*.json")))
+
+    fit("ekfac")
+    assert main(["trace", out, "--prompt", WORDS[0], "--max-new-tokens", "2"]) == 0
+    first = predicted()
+    fit("identity")
+    assert predicted() != first and files() == 2
+    fit("ekfac")
+    assert predicted() == first and files() == 2  # the same fit once more
 
 
 def test_a_run_whose_data_changed_since_the_fine_tuning_is_not_repeated(tuned, place, capsys):

@@ -67,6 +67,9 @@ def test_what_does_not_fit_together_is_refused():
     fitted = found.fitted(Identity())
     with pytest.raises(ValueError, match="one learning rate for each of 1 checkpoints; got 2"):
         TracIn().attribute(fitted, found.query, rates=[1.0, 2.0])
+    n = len(found.train)
+    with pytest.raises(ValueError, match=rf"or \(1, {n}\), one for each .* got \(1, {n + 1}\)\."):
+        TracIn().attribute(fitted, found.query, rates=torch.ones(1, n + 1))
     with pytest.raises(ValueError, match="one fit or more"):
         TracIn().attribute(fitted, found.query, fits=[])
     with pytest.raises(ValueError, match="same training examples"):

@@ -134,9 +134,9 @@ def test_a_folder_that_holds_a_run_is_refused_at_the_start(tmp_path):
     with record(model, optimizer, tmp_path):
         pass
     before = (tmp_path / "trajectory.json").read_bytes()
-    with pytest.raises(ArtifactMismatch, match=r"finished run \(trajectory.json\), which would be"):
-        with record(model, optimizer, tmp_path):
-            pytest.fail("went on")
+    said = r"finished run \(trajectory.json\), which would be"
+    with pytest.raises(ArtifactMismatch, match=said), record(model, optimizer, tmp_path):
+        pytest.fail("went on")
     with pytest.raises(ArtifactMismatch, match="finished run"):
         record_trainer(None, tmp_path)
     assert (tmp_path / "trajectory.json").read_bytes() == before
@@ -163,10 +163,10 @@ def test_a_run_that_can_go_on_is_not_overwritten(tmp_path):
         train_model(
             net(), examples(), Classification(), PAIRS[0][0], folder=tmp_path, progress=stop
         )
-    model = net()
-    with pytest.raises(ArtifactMismatch, match="unfinished run that can go on"):
-        with record(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path):
-            pytest.fail("went on")
+    model, said = net(), "unfinished run that can go on"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ArtifactMismatch, match=said), record(model, optimizer, tmp_path):
+        pytest.fail("went on")
 
 
 def test_stages_follow_each_other(tmp_path):

@@ -59,7 +59,9 @@ def one_by_one(dtype=torch.float64):
             optimizer=RULE,
             weights=weights[None],
         )
-        margin_of = -torch.log(torch.expm1(example_losses(outputs(model, trained, x_query)[0], y_query)))
+        margin_of = -torch.log(
+            torch.expm1(example_losses(outputs(model, trained, x_query)[0], y_query))
+        )
         return margin_of
 
     return retrain
@@ -161,7 +163,9 @@ def test_scores_with_the_same_top_share_their_runs(tmp_path):
     made = len(retrain.runs)
     assert made == 1 + 2 * 2 * Q
     twice = table(values=2 * table().values)
-    assert torch.equal(removal(retrain, twice, [1, 3], cache=tmp_path, **ALWAYS).change, first.change)
+    assert torch.equal(
+        removal(retrain, twice, [1, 3], cache=tmp_path, **ALWAYS).change, first.change
+    )
     assert len(retrain.runs) == made  # the same tops, and controls of the same seed
     removal(retrain, table(), [1, 3], cache=tmp_path, seed=1, **ALWAYS)
     assert made < len(retrain.runs) <= made + 2 * Q  # other controls, the same tops

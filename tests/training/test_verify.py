@@ -145,6 +145,22 @@ def test_runs_that_cannot_be_compared_are_refused_before_any_is_made(options, sa
         verify(lambda weights, seed: pytest.fail("trained"), scores(), **options)
 
 
+def test_scores_without_a_unit_predict_no_change():
+    order = scores(facts={"unit": ""})
+    with pytest.raises(ValueError, match="no unit, only an order: they predict no change"):
+        verify(lambda weights, seed: pytest.fail("trained"), order, changes(order, k=1))
+
+
+def test_a_run_that_diverged_is_an_error_that_names_the_change():
+    def diverges(weights, seed):
+        return additive(weights, seed) * (torch.nan if weights.max() == 2 else 1)
+
+    with pytest.raises(
+        FloatingPointError, match="'with the top 3 twice' with seed 0 the measurement"
+    ):
+        verify(diverges, scores(), changes(scores(), k=1))
+
+
 def test_choices_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="k must be 1 or more; got 0"):
         changes(scores(), k=0)
