@@ -150,7 +150,7 @@ def main(
     folder: Path = Path("runs/removal"),
     workload: str = "digits-mlp",
     methods: tuple[str, ...] = METHODS,
-    ks: tuple[int, ...] = (5, 10, 20, 40, 80),
+    ks: tuple[int, ...] = (10, 20, 40, 80),
     queries: int = 40,
     seeds: int = 3,
     plot_file: Path | None = None,

@@ -111,6 +111,6 @@ def _check(rates: Sequence[float] | Tensor, n_checkpoints: int, n_train: int) ->
     shape = tuple(torch.as_tensor(rates).shape)
     if shape not in ((n_checkpoints,), (n_checkpoints, n_train)):
         raise ValueError(
-            f"Expected rates of shape ({n_checkpoints},), one for each checkpoint, or ({n_checkpoints}, {n_train}), one "
-            f"for each checkpoint and training example; got {shape}."
+            f"Expected rates of shape ({n_checkpoints},), one for each checkpoint, or "
+            f"({n_checkpoints}, {n_train}), one for each checkpoint and training example; got {shape}."
         )

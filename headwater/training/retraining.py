@@ -1,8 +1,8 @@
 r"""Retraining under changed weights of the examples: each run made once, kept, and many of them side by side.
 
 Whatever asks what training data does (`headwater.training.verify`, removal and the query loss difference of
-`headwater.trace.measures`) plans changes of the data and has them retrained by `retrain_all`. How a run is made is up to
-the caller: a function of the weights and a seed, or an object that makes several runs at once, such as
+`headwater.trace.measures`) plans changes of the data and has them retrained by `retrain_all`. How a run is made is up
+to the caller: a function of the weights and a seed, or an object that makes several runs at once, such as
 `StackedRetrain` for models that stack and `PooledRetrain` for any function.
 """
 

@@ -184,7 +184,8 @@ def verify(
         progress: Called with (runs done, runs in all, note).
 
     Raises:
-        ValueError: The scores have no unit or do not cover a change, or `retrain` returns other than one number a query.
+        ValueError: The scores have no unit or do not cover a change, or `retrain` returns other than one number a
+            query.
         FloatingPointError: A run's measurements are not finite.
     """
     if not len(seeds):
