@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from headwater.core.checkpoint import Checkpoint
+from headwater.core import checkpoint as module
+from headwater.core.checkpoint import Cadence, Checkpoint
 from tests.store_cases import random_tensor, same_bits, tensor_specs
 
 
@@ -65,3 +66,21 @@ def test_what_was_loaded_is_not_touched_by_the_next_save(tmp_path):
         tensors["x"] += 1
         checkpoint.save(tensors, {})
     assert checkpoint.load()[0]["x"].tolist() == [5.0] * 3
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    cadence, always = Cadence(30.0), Cadence(0.0)
+    now[0] = 30.0
+    assert not cadence.due and always.due
+    now[0] = 30.1
+    assert cadence.due
+    for each in (cadence, always):
+        with each.saving():
+            now[0] += 4.0  # it took so long
+    began = now[0]
+    now[0] = began + 75.0
+    assert not cadence.due and always.due
+    now[0] = began + 80.1
+    assert cadence.due
