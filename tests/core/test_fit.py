@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from headwater.core import checkpoint
+from headwater.core import checkpoint as saving
 from headwater.core.curvature import EKFAC, KFAC, Dense, Diagonal, Dual, Identity
 from headwater.core.damping import Damping, evidence
 from headwater.core.examples import DatasetExamples, TensorExamples
@@ -93,8 +93,8 @@ def test_a_killed_fit_goes_on_to_the_same_bits(method, stop, tmp_path, monkeypat
     found = case("mlp")
     whole = found.fit(method, batch_size=3)
     clock = iter(range(0, 10**9, 100))
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))  # saves after every batch
-    monkeypatch.setattr(checkpoint, "_WORK_PER_SAVE", 0)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: next(clock))  # saves after every batch
+    monkeypatch.setattr(saving, "_WORK_PER_SAVE", 0)
     seen = []
 
     def kill(done, total, note):
