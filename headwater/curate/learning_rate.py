@@ -48,7 +48,7 @@ def schedule_problem(
     validation: Data | None = None,
     steps: int = 300,
     batch_size: int = 100,
-    decay_steps: float = 100.0,
+    decay_steps: float = 300.0,
     objective: Literal["final", "mean"] = "mean",
 ) -> InnerProblem:
     """Training under a schedule, judged by its own training loss or by validation data.
@@ -60,7 +60,7 @@ def schedule_problem(
             weights have not seen in this epoch.
         steps: Steps of the training.
         batch_size: Examples a step.
-        decay_steps: The scale Q of the schedule, in steps.
+        decay_steps: The scale Q of the schedule, in steps; the papers take that of the training.
         objective: Whether the loss counts at the end or as a mean over training.
     """
     (x, y), (init, outputs) = train, functional_model(make_model)
@@ -97,11 +97,12 @@ class LearningRate:
         estimator: How the meta-gradient is estimated.
         outer_steps: Updates of the schedule.
         outer_lr: Learning rate of these updates (Adam), in units of the logarithms.
+        clip: Largest norm of a meta-gradient; those at the edge of divergence are far longer.
         lr: Learning rate to begin with.
         decay: Decay exponent to begin with.
         steps: Steps of the training.
         batch_size: Examples a step.
-        decay_steps: The scale Q of the schedule, in steps.
+        decay_steps: The scale Q of the schedule, in steps; the papers take that of the training.
         objective: Whether the loss counts at the end or as a mean over training.
         seed: Seed of the initial weights, the order of the data and the perturbations.
     """
@@ -109,13 +110,14 @@ class LearningRate:
     paper: ClassVar[str] = "arXiv:2304.11153"
 
     estimator: HyperGradient = field(default_factory=lambda: ESSingle(n_particles=8, sigma=0.1))
-    outer_steps: int = 300
-    outer_lr: float = 0.05
+    outer_steps: int = 80
+    outer_lr: float = 0.1
+    clip: float | None = 1.0
     lr: float = 0.01
     decay: float = 0.1
     steps: int = 300
     batch_size: int = 100
-    decay_steps: float = 100.0
+    decay_steps: float = 300.0
     objective: Literal["final", "mean"] = "mean"
     seed: int = 0
 
@@ -143,6 +145,7 @@ class LearningRate:
             self.estimator,
             steps=self.outer_steps,
             lr=self.outer_lr,
+            clip=self.clip,
             seed=self.seed,
             papers=[self.paper],
         )

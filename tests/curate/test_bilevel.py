@@ -303,6 +303,36 @@ def test_one_point_teaches_warm_weights_everything_and_fresh_weights_next_to_not
     assert best > 0.5 * before and cold.retrained[0] > 0.99 * best
 
 
+@pytest.mark.slow
+def test_a_point_that_is_learned_online_teaches_warm_weights_nearly_all_and_fresh_ones_little():
+    """20 points in 25 dimensions; one inner step for each outer one, so that a residual is left."""
+    generator = torch.Generator().manual_seed(100)
+    X = torch.randn(20, 25, generator=generator).double() / 5
+    y = X @ torch.randn(25, generator=generator).double()
+    x = torch.randn(25, generator=generator).double()
+    u = {"x": x / x.norm(), "y": torch.tensor(0.0).double()}
+    problem = InnerProblem(
+        init=lambda seed: {"w": torch.zeros(25).double()},
+        step=gradient_step(lambda w, u, b, t: (u["x"] @ w["w"] - u["y"]).square() / 2, 0.1),
+        outer=lambda w, u, b, t: (X @ w["w"] - y).square().mean() / 2,
+        horizon=200,
+    )
+    before = problem.outer(problem.init(0), u, None, 0).item()
+    method = Unrolled(start="warm", inner_steps=1)
+    settings = {"steps": 1500, "lr": 100.0, "clip": 3e-3, "optimizer": torch.optim.SGD}
+    found = descend(problem, u, method, **settings)
+    assert found.coadapted < 0.05 * before
+    assert found.retrained[0] > 0.2 * before
+    # Training to convergence on each point leaves little residual, and overwrites what was learned.
+    exact = replace(
+        problem,
+        step=lambda w, u, b, t: {"w": project_onto_example(w["w"], u["x"], u["y"])},
+        horizon=1,
+    )
+    stuck = descend(exact, u, Unrolled(start="warm"), **{**settings, "steps": 300})
+    assert stuck.losses[-1] > 0.2 * before
+
+
 def test_implicit_warm_and_cold_agree_where_the_inner_minimum_is_unique():
     problem, u = ridge(100), {"log_penalty": torch.tensor(1.0).double()}
     learned = [
