@@ -198,6 +198,7 @@ def _verify(
             batch_tokens=again.batch_tokens,
             seed=seed,
             weights=changed,
+            checkpoints=0,
             progress=bar,
         )
         values = measured(done.language.model)

@@ -29,8 +29,7 @@ from headwater.training.trajectory import (
     CheckpointRecord,
     StageRecord,
     Trajectory,
-    moments_by_name,
-    write_tensors,
+    keep_checkpoint,
 )
 
 _MOMENTS = {"momentum_buffer": "velocity", "exp_avg": "mean", "exp_avg_sq": "square"}
@@ -92,16 +91,8 @@ class TrajectoryWriter:
         lr_sum: float = 0.0,
     ) -> None:
         """Keep the parameters after `step` steps, and the optimizer's moments where given."""
-        name, beside = f"checkpoints/step-{step:08}", None
-        write_tensors(self.folder / f"{name}.safetensors", parameters)
-        if moments:
-            beside = f"{name}-optimizer.safetensors"
-            write_tensors(self.folder / beside, moments_by_name(moments))
-        self.checkpoints.append(
-            CheckpointRecord(
-                step=step, path=f"{name}.safetensors", lr_sum=lr_sum, optimizer_path=beside
-            )
-        )
+        kept = keep_checkpoint(self.folder, step, parameters, moments, lr_sum=lr_sum)
+        self.checkpoints.append(kept)
 
     def finish(self, parameters: Mapping[str, Tensor]) -> Trajectory:
         """Write the record, and the last parameters if they were not kept yet."""
@@ -191,7 +182,7 @@ class Recorder:
         """Keep the parameters as they are now."""
         if self._writer.checkpoints[-1].step == self._steps:
             return
-        moments = self._moments() if self.keep_optimizer else None
+        moments = moments_of(self._optimizer, self._names) if self.keep_optimizer else None
         self._writer.checkpoint(self._steps, self._parameters(), moments, self._lr_sum)
 
     def finish(self) -> Trajectory:
@@ -219,9 +210,9 @@ class Recorder:
         if hasattr(self, "_hook"):
             self._hook.remove()
         self._optimizer = optimizer
-        self._names = {id(p): n for n, p in self.model.named_parameters()}
+        self._names = dict(self.model.named_parameters())
         self._settings = _settings(optimizer)
-        self._writer.stage(_stage(optimizer, name, self.other))
+        self._writer.stage(stage_of(optimizer, name, self.other))
         self._hook = optimizer.register_step_post_hook(self._after)
 
     def _after(self, optimizer: TorchOptimizer, *_: Any) -> None:
@@ -253,14 +244,6 @@ class Recorder:
 
     def _parameters(self) -> dict[str, Tensor]:
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def _moments(self) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = {}
-        for p, state in self._optimizer.state.items():
-            for key, moment in _MOMENTS.items():
-                if isinstance(state.get(key), Tensor) and id(p) in self._names:
-                    found.setdefault(moment, {})[self._names[id(p)]] = state[key].detach()
-        return found
 
 
 @contextmanager
@@ -448,10 +431,25 @@ def _settings(optimizer: TorchOptimizer) -> dict[str, Any]:
     }
 
 
-def _stage(optimizer: TorchOptimizer, name: str, other: Mapping[str, Any]) -> StageRecord:
+def moments_of(
+    optimizer: TorchOptimizer, parameters: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """What an optimizer remembers of named parameters: "velocity", or "mean" and "square"."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, p in parameters.items():
+        state = optimizer.state.get(p, {})
+        for key, moment in _MOMENTS.items():
+            if isinstance(state.get(key), Tensor):
+                found.setdefault(moment, {})[name] = state[key].detach()
+    return found
+
+
+def stage_of(
+    optimizer: TorchOptimizer, name: str, other: Mapping[str, Any] | None = None
+) -> StageRecord:
     """What a stage with this optimizer is recorded as."""
     group, settings = optimizer.param_groups[0], _settings(optimizer)
-    odd = {key: group[key] for key in _OTHER if group.get(key)} | dict(other)
+    odd = {key: group[key] for key in _OTHER if group.get(key)} | dict(other or {})
     rates = {float(each["lr"]) for each in optimizer.param_groups}
     differ = sorted(k for k, v in settings.items() if any(each != v[0] for each in v))
     differ += ["lr"] * (len(rates) > 1)

@@ -16,7 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headwater.core.files import ArtifactDamaged, ArtifactMissing, read_json, write_json
+from headwater.core.files import (
+    ArtifactDamaged,
+    ArtifactMissing,
+    read_json,
+    sync_folder,
+    write_json,
+)
 from headwater.training.optimizers import OPTIMIZERS, Optimizer
 
 FILE = "trajectory.json"
@@ -352,6 +358,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def keep_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+    *,
+    lr_sum: float = 0.0,
+) -> CheckpointRecord:
+    """Write the parameters after `step` steps into a record's folder, and the optimizer's moments where given."""
+    name, beside = f"checkpoints/step-{step:08}", None
+    write_tensors(folder / f"{name}.safetensors", parameters)
+    if moments:
+        beside = f"{name}-optimizer.safetensors"
+        write_tensors(folder / beside, moments_by_name(moments))
+    return CheckpointRecord(
+        step=step, path=f"{name}.safetensors", lr_sum=lr_sum, optimizer_path=beside
+    )
 
 
 def _file(path: str | Path) -> Path:

@@ -17,6 +17,7 @@ from headwater.data.tokens import tokenize
 from headwater.models.language import LanguageModel, load_language_model
 from headwater.training import finetune as module
 from headwater.training.finetune import batches, finetune
+from headwater.training.run import Run
 from headwater.training.trajectory import Trajectory
 from tests.language_cases import WORDS, gpt2, llama, saved, tokenizer
 
@@ -216,6 +217,91 @@ def test_the_record_tells_the_run(language, tmp_path):
     assert calls[-1][2] == f"fine-tuning: epoch 2/2, {run.losses[-1]:.2f} nats a token"
 
 
+# Checkpoints
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_checkpoints_lead_from_the_beginning_to_the_model_that_loads_back(language, tmp_path, rank):
+    options = OPTIONS | {"lora_rank": rank, "layers_from": 1}
+    made = finetune(language, texts(), out=tmp_path / "out", checkpoints=4, **options)
+    run, n = Trajectory.load(tmp_path / "out"), made.trajectory.steps
+    assert run == made.trajectory
+    assert [c.step for c in run.checkpoints] == [0, *(round(n * k / 4) for k in (1, 2, 3, 4))]
+    assert [c.lr_sum for c in run.checkpoints] == [sum(run.lr[: c.step]) for c in run.checkpoints]
+    loaded = load_language_model(tmp_path / "out").model
+    own = {name: p.detach() for name, p in loaded.named_parameters()}
+    first, last = run.load_checkpoint(0), run.load_checkpoint(-1)
+    assert first.keys() == last.keys() == set(run.trained) <= own.keys()
+    if rank:
+        assert run.trained == [n for n, p in loaded.named_parameters() if p.requires_grad]
+    for name, value in last.items():
+        assert torch.equal(value, own[name])
+    moved = sum((last[name] - first[name]).double().square().sum() for name in last)
+    assert run.distance == pytest.approx(float(moved))
+    moments = run.load_optimizer(-1)
+    assert {name: list(part) for name, part in moments.items()} == {
+        name: sorted(run.trained) for name in ("mean", "square")
+    }
+    assert run.stages[0].rule().facts["betas"] == (0.9, 0.999)
+    stage = run.stages[0]
+    assert (stage.start, stage.stop, stage.weight_decay, stage.eps) == (0, n, 0.01, 1e-8)
+
+
+def test_the_recorded_run_repeats_itself(language, tmp_path):
+    language, examples = replace(language, model=llama(dtype=torch.float64)), texts()
+    made = finetune(language, examples, out=tmp_path / "out", **OPTIONS)
+    model = made.language.model
+    run = Run(model=model, task=CausalLM(), train=examples, trajectory=made.trajectory)
+    final = run.repeat().parameters
+    for name, p in trained(made).items():
+        # Another kernel of attention: rounding alone, which Adam's division lets grow a little.
+        torch.testing.assert_close(final[name], p, rtol=1e-7, atol=1e-9)
+
+
+def test_adapters_keep_six_checkpoints_and_whole_models_none(language, tmp_path):
+    adapted = finetune(language, texts(), out=tmp_path / "a", **OPTIONS)
+    assert len(adapted.trajectory.checkpoints) == 7  # with the initial parameters
+    whole = finetune(language, texts(), out=tmp_path / "b", **OPTIONS | {"lora_rank": None})
+    assert whole.trajectory.checkpoints == [] and not (tmp_path / "b" / "checkpoints").exists()
+    none = finetune(language, texts(), out=tmp_path / "c", checkpoints=0, **OPTIONS)
+    assert none.trajectory.checkpoints == [] and not (tmp_path / "c" / "checkpoints").exists()
+    assert none.trajectory.made_from == adapted.trajectory.made_from
+    for name, p in trained(adapted).items():
+        assert torch.equal(p, trained(none)[name])
+
+
+def test_a_finished_run_has_the_checkpoints_it_has(language, tmp_path):
+    made = finetune(language, texts(), out=tmp_path / "none", checkpoints=0, **OPTIONS)
+    again = finetune(language, texts(), out=tmp_path / "none", **OPTIONS)
+    assert again.trajectory == made.trajectory
+    with pytest.raises(ArtifactMismatch, match=r"with no checkpoints, and not the 6 asked for"):
+        finetune(language, texts(), out=tmp_path / "none", checkpoints=6, **OPTIONS)
+    six = finetune(language, texts(), out=tmp_path / "six", checkpoints=6, **OPTIONS)
+    fewer = finetune(language, texts(), out=tmp_path / "six", checkpoints=2, **OPTIONS)
+    assert fewer.trajectory == six.trajectory  # a third of six are two
+    with pytest.raises(ValueError, match="checkpoints must be 0 or more; got -1"):
+        finetune(language, texts(), out=tmp_path / "six", checkpoints=-1, **OPTIONS)
+
+
+def test_a_stopped_run_goes_on_with_the_checkpoints_it_was_begun_with(
+    language, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
+    whole = finetune(language, texts(), out=tmp_path / "whole", checkpoints=3, **OPTIONS)
+    out, stop = tmp_path / "out", {"progress": killed_at(5)}
+    with pytest.raises(Killed):
+        finetune(language, texts(), out=out, checkpoints=3, **OPTIONS, **stop)
+    listed = module.Checkpoint(out / "checkpoint").load()[1]["kept"]
+    assert listed and all((out / each["path"]).is_file() for each in listed)
+    with pytest.raises(ArtifactMismatch, match="begun with checkpoints=3"):
+        finetune(language, texts(), out=out, checkpoints=6, **OPTIONS)
+    rest = finetune(language, texts(), out=out, **OPTIONS)
+    assert rest.trajectory == whole.trajectory
+    for i in range(4):
+        one, two = rest.trajectory.load_checkpoint(i), whole.trajectory.load_checkpoint(i)
+        assert all(torch.equal(one[name], two[name]) for name in two)
+
+
 # Repeating, resuming, refusing
 
 
@@ -285,7 +371,10 @@ def test_a_run_that_is_killed_loses_little(language, tmp_path):
     )
     whole = finetune(language, texts(), out=tmp_path / "whole", **OPTIONS)
     assert calls[0][0] > 1
-    assert rest.trajectory.losses == whole.trajectory.losses
+    assert rest.trajectory == whole.trajectory
+    for i, kept in enumerate(rest.trajectory.checkpoints):
+        one, two = rest.trajectory.load_checkpoint(i), whole.trajectory.load_checkpoint(i)
+        assert all(torch.equal(one[name], two[name]) for name in two), kept
 
 
 def test_a_finished_run_is_read_and_not_made_again(language, tmp_path):
