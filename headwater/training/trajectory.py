@@ -276,12 +276,13 @@ class Trajectory:
             found.setdefault(moment, {})[parameter] = tensor
         return found
 
-    def _checkpoint(self, i: int) -> CheckpointRecord:
-        if not -len(self.checkpoints) <= i < len(self.checkpoints):
-            raise IndexError(f"The run has {len(self.checkpoints)} checkpoints; asked for {i}.")
-        return self.checkpoints[i]
+    def file(self, name: str) -> Path:
+        """Where a checkpoint's file is.
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
+        Raises:
+            ArtifactMissing: It is gone.
+            ArtifactDamaged: The record names one outside of its folder.
+        """
         if self.folder is None:
             raise ValueError("The trajectory has no folder; read it with Trajectory.load.")
         path = self.folder / name
@@ -291,6 +292,15 @@ class Trajectory:
             raise ArtifactMissing(
                 f"{path} does not exist; the run's checkpoints lie beside {FILE}."
             )
+        return path
+
+    def _checkpoint(self, i: int) -> CheckpointRecord:
+        if not -len(self.checkpoints) <= i < len(self.checkpoints):
+            raise IndexError(f"The run has {len(self.checkpoints)} checkpoints; asked for {i}.")
+        return self.checkpoints[i]
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        path = self.file(name)
         try:
             return load_file(path)
         except SafetensorError as error:
@@ -370,14 +380,19 @@ def keep_checkpoint(
     lr_sum: float = 0.0,
 ) -> CheckpointRecord:
     """Write the parameters after `step` steps into a record's folder, and the optimizer's moments where given."""
-    name, beside = f"checkpoints/step-{step:08}", None
-    write_tensors(folder / f"{name}.safetensors", parameters)
+    path, beside = checkpoint_files(step)
+    write_tensors(folder / path, parameters)
     if moments:
-        beside = f"{name}-optimizer.safetensors"
         write_tensors(folder / beside, moments_by_name(moments))
     return CheckpointRecord(
-        step=step, path=f"{name}.safetensors", lr_sum=lr_sum, optimizer_path=beside
+        step=step, path=path, lr_sum=lr_sum, optimizer_path=beside if moments else None
     )
+
+
+def checkpoint_files(step: int) -> tuple[str, str]:
+    """Names of the files of the parameters after `step` steps, and of the optimizer's moments."""
+    name = f"checkpoints/step-{step:08}"
+    return f"{name}.safetensors", f"{name}-optimizer.safetensors"
 
 
 def _file(path: str | Path) -> Path:
