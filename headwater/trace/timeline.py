@@ -23,6 +23,7 @@ from torch import Tensor
 from headwater.core.capture import Progress
 from headwater.core.examples import Examples, as_examples
 from headwater.core.fit import Fit
+from headwater.core.prediction import IGNORE
 from headwater.core.scores import GroupTotals, Scores, from_table, to_table
 from headwater.core.store import Artifact, ArtifactWriter
 from headwater.core.task import Measurement
@@ -380,12 +381,17 @@ def timeline(
 
 
 def _readable(queries: Examples) -> list[str]:
-    """How queries read: prompt and completion where they are known, else the name."""
-    said = queries.metadata
-    if "prompt" not in said or "completion" not in said:
+    """How queries read: what is not scored, an arrow, and the rest; the name of one that has no text."""
+    read = getattr(queries, "tokens", None)
+    if read is None:
         return list(queries.ids)
-    pairs = zip(said["prompt"], said["completion"], strict=True)
-    return [f"{prompt} → {completion.strip()}" for prompt, completion in pairs]
+    texts = []
+    for q in range(len(queries)):
+        pieces, scored = read(q), queries.batch([q])["labels"][0] != IGNORE
+        first = int(scored.long().argmax())
+        prompt, said = ("".join(part) for part in (pieces[:first], pieces[first:]))
+        texts.append(f"{prompt.strip()} → {said.strip()}" if first > 1 else prompt + said)
+    return texts
 
 
 def _texts(found: Timeline, train: Examples, top: int) -> dict[str, str]:

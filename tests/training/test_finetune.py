@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+import headwater
+from headwater.core.curvature import Identity
 from headwater.core.files import ArtifactMismatch
 from headwater.core.prediction import IGNORE
 from headwater.core.task import CausalLM
 from headwater.data.text import Records
 from headwater.data.tokens import tokenize
 from headwater.models.language import LanguageModel, load_language_model
+from headwater.trace import Unrolling
 from headwater.training import finetune as module
 from headwater.training.finetune import batches, finetune
 from headwater.training.run import Run
@@ -248,7 +251,8 @@ def test_checkpoints_lead_from_the_beginning_to_the_model_that_loads_back(langua
 
 
 def test_the_recorded_run_repeats_itself(language, tmp_path):
-    language, examples = replace(language, model=llama(dtype=torch.float64)), texts()
+    # Not the Llama, whose norms compute in float32 whatever they are given.
+    language, examples = replace(language, model=gpt2().double()), texts()
     made = finetune(language, examples, out=tmp_path / "out", **OPTIONS)
     model = made.language.model
     run = Run(model=model, task=CausalLM(), train=examples, trajectory=made.trajectory)
@@ -256,6 +260,33 @@ def test_the_recorded_run_repeats_itself(language, tmp_path):
     for name, p in trained(made).items():
         # Another kernel of attention: rounding alone, which Adam's division lets grow a little.
         torch.testing.assert_close(final[name], p, rtol=1e-7, atol=1e-9)
+
+
+def test_exact_unrolling_is_the_derivative_of_the_fine_tuning(language, tmp_path):
+    """Along a reweighting of one example, against fine-tunings under other weights of it."""
+    language, examples = replace(language, model=gpt2().double()), texts()
+    name, h = "t3", 1e-3
+    made = finetune(language, examples, out=tmp_path / "out", **OPTIONS)
+    queries = examples.subset([0, 5])
+
+    def measured(model) -> torch.Tensor:
+        with torch.no_grad():
+            return -CausalLM().loss(model, queries.batch([0, 1]))
+
+    def at(weight: float) -> torch.Tensor:
+        changed = {"out": tmp_path / f"weight {weight}", "weights": {name: weight}}
+        return measured(
+            finetune(language, examples, checkpoints=0, **changed, **OPTIONS).language.model
+        )
+
+    difference = (8 * (at(1 + h) - at(1 - h)) - (at(1 + 2 * h) - at(1 - 2 * h))) / (12 * h)
+    fitted = headwater.fit(made.language.model, examples, CausalLM(), curvature=Identity())
+    scores = Unrolling(keep="sqrt").attribute(
+        fitted, queries, trajectory=made.trajectory, measurement="log_prob"
+    )
+    assert scores.facts["keep"] == "sqrt" and scores.facts["replay_gap"] < 1e-6
+    found = scores.values[:, examples.ids.index(name)].double()
+    torch.testing.assert_close(found, difference, rtol=1e-5, atol=1e-8)  # scores are float32
 
 
 def test_adapters_keep_six_checkpoints_and_whole_models_none(language, tmp_path):
