@@ -38,7 +38,9 @@ def show(
                 f"{row['start']:,}–{row['stop']:,}",
                 *(signed(row[key], digits) for key in ("net", "raised", "lowered")),
                 about,
-                Text("\n").join(_example(found, *pair, digits) for pair in row["strongest"]),
+                Text("\n").join(
+                    _example(found, name, score, digits) for name, score in row["strongest"]
+                ),
             )
         sums = [sum(row[key] for row in rows) for key in ("net", "raised", "lowered")]
         table.add_row("all", *(signed(value, digits) for value in sums), "", "", style="bold")

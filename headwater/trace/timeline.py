@@ -35,6 +35,7 @@ from headwater.training.trajectory import Segment, StageRecord, Trajectory
 KIND = "timeline"
 _TEXT = 200  # characters kept of an example's text
 _PANELS = 8  # queries that a plot shows unless it is told which
+_LEGEND = ("raised it", "lowered it", "net", "training loss (right)")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -228,7 +229,10 @@ class Timeline:
         panels[-1, 0].set_xlabel("training step")
         figure.supylabel(f"change of {self.measurement} at the end (nats)", fontsize="medium")
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+        named = dict(zip(labels, handles, strict=True))
+        order = [label for label in _LEGEND if label in named]
+        handles = [named[label] for label in order]
+        figure.legend(handles, order, loc="outside upper center", ncols=4, frameon=False)
         return figure
 
     def _panel(self, axes: Any, query: int) -> None:
@@ -237,10 +241,10 @@ class Timeline:
         raised, lowered, net = (x[:, query].tolist() for x in (self.raised, self.lowered, self.net))
         self._loss_curve(axes)
         bars = {"align": "edge", "edgecolor": "white", "linewidth": 0.8, "alpha": 0.85}
-        axes.bar(starts, raised, widths, color="tab:blue", label="raised it", **bars)
-        axes.bar(starts, lowered, widths, color="tab:orange", label="lowered it", **bars)
+        axes.bar(starts, raised, widths, color="tab:blue", label=_LEGEND[0], **bars)
+        axes.bar(starts, lowered, widths, color="tab:orange", label=_LEGEND[1], **bars)
         stops = [segment.stop for segment in self.segments]
-        axes.hlines(net, starts, stops, color="black", linewidth=1.8, label="net")
+        axes.hlines(net, starts, stops, color="black", linewidth=1.8, label=_LEGEND[2])
         axes.axhline(0, color="black", linewidth=0.6)
         high, low = max([*raised, 0.0]), min([*lowered, 0.0])
         size = high - low or 1.0
@@ -264,7 +268,7 @@ class Timeline:
             return
         behind = axes.twinx()
         behind.plot(*zip(*known, strict=True), color="0.5", linewidth=0.8, alpha=0.5)
-        axes.plot([], [], color="0.5", linewidth=0.8, alpha=0.5, label="training loss")
+        axes.plot([], [], color="0.5", linewidth=0.8, alpha=0.5, label=_LEGEND[3])
         behind.set_ylim(bottom=0)
         behind.tick_params(axis="y", labelsize="x-small", colors="0.55", length=2)
         behind.spines[["top", "left"]].set_visible(False)
