@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "plan": "say what a fit and a trace will take on this machine",
     "fit": "fit the curvature of a model over its training data, into a run folder",
     "trace": "which training examples raised or lowered a completion",
+    "timeline": "when in a fine-tuning a completion was learnt, and from which examples",
     "verify": "retrain without the named examples: predicted beside actual",
     "bench": "measure attribution methods against retraining, on real data",
     "show": "show a saved trace again",
@@ -33,6 +34,7 @@ examples:
   headwater doctor path/to/model data.jsonl
   headwater fit path/to/model data.jsonl --out runs/mine --heldout other.jsonl
   headwater trace runs/mine --prompt "The river rises in" --source topic
+  headwater timeline runs/mine --prompt "The river rises in"
   headwater verify runs/mine
 
 Every command has --help, and --json for machines. Models of other kinds: see the Python interface.

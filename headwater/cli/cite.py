@@ -37,6 +37,8 @@ def run(words: list[str]) -> int:
         p for p in (command.run / "traces").glob("*") if p.is_dir() and not p.name.startswith(".")
     ):
         found += Evidence.load(folder).facts.get("papers", [])
+    for folder in sorted((command.run / "timelines").glob("*/data")):
+        found += Artifact.open(folder, kind="timeline").facts["facts"]["papers"]
     used = list(dict.fromkeys(found))
     if command.json:
         emit_json({"papers": {paper: PAPERS[paper] for paper in used if paper in PAPERS}})

@@ -11,12 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwater.cli.flags import RUN, DataFlags, FollowFlags, Inputs, ModelFlags, Parsed, restore
+from headwater.cli.flags import (
+    FINETUNE,
+    RUN,
+    DataFlags,
+    FollowFlags,
+    Inputs,
+    ModelFlags,
+    Parsed,
+    restore,
+)
 
 if TYPE_CHECKING:
     from headwater.core.capture import Progress
     from headwater.data.tokens import TextExamples
     from headwater.models.language import LanguageModel
+    from headwater.training.trajectory import Trajectory
 
 
 def guarded(call: Callable[[], int]) -> int:
@@ -215,6 +225,39 @@ def run_record(model: Path) -> dict[str, Any]:
         "distance": trajectory.distance,
         "horizon": trajectory.horizon,
     }
+
+
+def finetuning(model: Path, done: str, function: str) -> tuple[dict[str, Any], "Trajectory"]:
+    """How `headwater finetune` made a model, and the record of that run.
+
+    Args:
+        model: The model's folder.
+        done: What is to be done with the run, such as "repeated".
+        function: What does it from Python.
+    """
+    from headwater.core.files import read_json
+    from headwater.training.trajectory import Trajectory
+
+    if not model.is_dir():
+        raise FileNotFoundError(
+            f"{model}, the model of this run, is no longer there; move it back, or fit again where it is now."
+        )
+    if not (model / FINETUNE).is_file():
+        raise FileNotFoundError(
+            f"{model} has no {FINETUNE}: only runs of `headwater finetune` can be {done} here. Run it again with the "
+            f"same options (a finished run is found, not repeated), or use {function} from Python with your own "
+            "training."
+        )
+    return read_json(model / FINETUNE), Trajectory.load(model)
+
+
+def require_trained_on(session: Session, tuning: dict[str, Any], data: str) -> None:
+    """Refuse a fit that was made on other examples than those with this fingerprint, the fine-tuning's."""
+    if session.train.fingerprint() != data:
+        raise ValueError(
+            f"{tuning['model']} was fine-tuned on {tuning['data']}, and the fit was made on other examples; fit on the "
+            "data the model was trained on, with the same columns and --max-length."
+        )
 
 
 def trace_name(run: Path, name: str | None) -> str | None:

@@ -28,6 +28,8 @@ class Finetune:
         lr: Learning rate of AdamW, after a short warm-up, falling to zero.
         weight_decay: Weight decay of AdamW.
         batch_tokens: Most tokens in a batch.
+        checkpoints: Checkpoints kept for SOURCE, exact unrolling and the timeline, with the optimizer's moments: 6 when
+            left out, 0 keeps none.
         seed: Seed of the order of examples and of the adapter's first weights.
         json: Print the result as JSON.
     """
@@ -43,6 +45,7 @@ class Finetune:
     lr: float = 1e-3
     weight_decay: float = 0.0
     batch_tokens: int = 512
+    checkpoints: int | None = None
     seed: int = 0
     columns: Annotated[DataFlags, tyro.conf.arg(name="")] = field(default_factory=DataFlags)
     json: bool = False
@@ -55,6 +58,8 @@ class Finetune:
         require("--lr", self.lr, "above 0", self.lr > 0)
         require("--weight-decay", self.weight_decay, "0 or more", self.weight_decay >= 0)
         require("--batch-tokens", self.batch_tokens, "at least 1", self.batch_tokens >= 1)
+        kept = self.checkpoints
+        require("--checkpoints", kept, "0 or more", kept is None or kept >= 0)
 
 
 def run(words: list[str]) -> int:
@@ -77,9 +82,11 @@ def run(words: list[str]) -> int:
             weight_decay=command.weight_decay,
             batch_tokens=command.batch_tokens,
             seed=command.seed,
+            checkpoints=command.checkpoints,
             progress=progress,
         )
     record, place = to_json(command) | {"json": False}, command.out / FINETUNE
+    del record["checkpoints"]  # they change nothing, and trajectory.json lists them
     if not place.is_file() or read_json(place) != record:  # traces ask whether the folder changed
         write_json(place, record)  # so that the run can be repeated
     losses = done.trajectory.losses

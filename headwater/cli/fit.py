@@ -88,7 +88,7 @@ def fit_session(session: Session, command: Fit, *, quiet: bool = False) -> Any:
         cost = {"pass_seconds": _pass_seconds(fitted), "fit_seconds": seconds}
     write_json(
         command.out / RUN,
-        {"fit": to_json(command), "cost": cost, "traces": old.get("traces", {})},
+        old | {"fit": to_json(command), "cost": cost, "traces": old.get("traces", {})},
     )
     return fitted
 

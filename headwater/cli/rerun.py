@@ -19,7 +19,7 @@ from headwater.cli.flags import (
 
 @dataclass(frozen=True, kw_only=True)
 class Rerun:
-    """Repeat a run's fit and traces from its record; what is finished and unchanged is kept.
+    """Repeat a run's fit, traces and timelines from its record; what is finished and unchanged is kept.
 
     Example: headwater rerun runs/mine --out runs/again
 
@@ -37,6 +37,7 @@ class Rerun:
 def run(words: list[str]) -> int:
     command = parse(Rerun, words, prog="rerun")
     from headwater.cli.fit import Fit, fit_session
+    from headwater.cli.timeline import Timeline, timeline
     from headwater.cli.trace import InfluenceFlags, Trace, trace
     from headwater.core.files import read_json
 
@@ -60,6 +61,11 @@ def run(words: list[str]) -> int:
         _, page = trace(restore(Trace, question | {"run": str(out)}), quiet=command.json)
         say(f"{name}: {page}")
         pages[name] = str(page)
+    folders = {}
+    for name, asked in record.get("timelines", {}).items():
+        _, folder = timeline(restore(Timeline, asked | {"run": str(out)}), quiet=command.json)
+        say(f"{name}: {folder}")
+        folders[name] = str(folder)
     if command.json:
-        emit_json({"out": str(out), "traces": pages})
+        emit_json({"out": str(out), "traces": pages, "timelines": folders})
     return 0

@@ -2,16 +2,16 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from headwater.cli.common import Session, progress_bar, run_session, say
-from headwater.cli.flags import RUN, parse, to_json
+from headwater.cli.common import progress_bar, run_session, say
+from headwater.cli.flags import parse
+from headwater.cli.question import Question, as_asked, asked_queries, check_name, record_answer
 
 if TYPE_CHECKING:
     from headwater.core.evidence import Evidence
-    from headwater.data.tokens import TextExamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class InfluenceFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trace:
+class Trace(Question):
     """Trace completions to the training examples that raised or lowered their probability.
 
     Give prompts, with completions or without: the model then completes them itself. The answer is printed and
@@ -41,41 +41,32 @@ class Trace:
     Example: headwater trace runs/mine --prompt "The river rises in" --source topic
 
     Args:
-        run: The run folder of `headwater fit`.
-        prompt: Prompts; repeat or list several.
-        completion: Completions, one a prompt; generated when left out.
         rather_than: Alternatives, one a prompt: what is measured is the completion's log-probability minus the
             alternative's.
-        queries: A file of prompts and completions, in place of --prompt.
         name: Name of the trace in the run folder.
-        source: Metadata column to total scores by.
         top: How many examples to show on each side.
-        max_new_tokens: Longest generated completion.
-        chat: Put prompts into the model's chat template.
-        measurement: What is asked of a completion.
-        json: Print the result as JSON.
     """
 
-    run: tyro.conf.Positional[Path]
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    completion: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     rather_than: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    queries: Path | None = None
     name: str = "trace"
-    source: str | None = None
     top: int = 8
-    max_new_tokens: int = 24
-    chat: bool = False
-    measurement: Literal["log_prob", "loss"] = "log_prob"
     method: Annotated[InfluenceFlags, tyro.conf.arg(name="")] = field(
         default_factory=InfluenceFlags
     )
-    json: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if self.rather_than and len(self.rather_than) != len(self.prompt):
+            raise ValueError(
+                f"Expected one alternative a prompt; got {len(self.prompt)} prompts and {len(self.rather_than)}."
+            )
+        if self.top < 1:
+            raise ValueError(f"Expected --top of 1 or more; got {self.top}.")
+        check_name(self.name, "trace")
 
 
 def run(words: list[str]) -> int:
     command = parse(Trace, words, prog="trace")
-    _check(command)
     evidence, page = trace(command, quiet=command.json)
     if command.json:
         print(evidence.to_json())
@@ -87,64 +78,23 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _check(command: Trace) -> None:
-    if not command.prompt and command.queries is None:
-        raise ValueError('Expected --prompt "…" or --queries FILE; got neither.')
-    if command.prompt and command.queries is not None:
-        raise ValueError("Expected --prompt or --queries; got both.")
-    if command.completion and len(command.completion) != len(command.prompt):
-        raise ValueError(
-            f"Expected one completion a prompt; got {len(command.prompt)} prompts and {len(command.completion)} "
-            "completions. Leave --completion out to let the model complete the prompts."
-        )
-    if command.rather_than and len(command.rather_than) != len(command.prompt):
-        raise ValueError(
-            f"Expected one alternative a prompt; got {len(command.prompt)} prompts and {len(command.rather_than)}."
-        )
-    if command.top < 1:
-        raise ValueError(f"Expected --top of 1 or more; got {command.top}.")
-    if "/" in command.name or command.name in ("", ".", ".."):
-        raise ValueError(f"Expected a plain name for the trace; got {command.name!r}.")
-
-
 def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     """Trace, save the evidence and its page, and return both. A finished trace of the same question is read."""
     from headwater.core.evidence import Evidence
-    from headwater.core.files import read_json, write_json
-    from headwater.core.fingerprint import fingerprint_json
     from headwater.report.html import write_html
 
     folder = command.run / "traces" / command.name
-    asked = {k: v for k, v in to_json(command).items() if k not in ("json", "run")}
+    asked, digest = as_asked(command)
     page = folder.with_name(f"{folder.name}.html")  # a name may hold dots
-    if not (command.run / RUN).is_file():
-        run_session(command.run)  # says what is missing
-    asked_digest = fingerprint_json([asked, _inputs(command)])
     if folder.is_dir():
         evidence = Evidence.load(folder)
-        if evidence.facts.get("question") == asked_digest and page.is_file():
+        if evidence.facts.get("question") == digest and page.is_file():
             return evidence, page
-    evidence = _trace(command, {"question": asked_digest}, quiet=quiet)
+    evidence = _trace(command, {"question": digest}, quiet=quiet)
     evidence.save(folder)
     write_html(evidence, page)
-    record = read_json(command.run / RUN)
-    record.setdefault("traces", {})[command.name] = asked
-    write_json(command.run / RUN, record)
+    record_answer(command.run, "traces", command.name, asked)
     return evidence, page
-
-
-def _inputs(command: Trace) -> list[Any]:
-    """What an answer depends on beside the question: the fit, and name, size and time of every file read."""
-    from headwater.core.files import read_json
-    from headwater.core.store import Artifact
-
-    record = read_json(command.run / RUN)["fit"]
-    manifest = Artifact.open(command.run / "fit", kind="fit").manifest
-    named = [record["model"], record["data"], record["heldout"], command.queries]
-    paths = [Path(p) for p in named if p is not None]
-    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-    stamps = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    return [record["heldout"], record["columns"], manifest["files"], stamps]
 
 
 def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
@@ -156,7 +106,7 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
 
     session, record = run_session(command.run)
     fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
-    queries = traced_queries(command, session)
+    queries = asked_queries(command, session, command.rather_than)
     method = Influence(**asdict(command.method), n_intervals=command.top)
     known = {
         "model": "/".join(Path(record["fit"]["model"]).parts[-2:]),
@@ -181,32 +131,3 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
     cost = {"cost": {name: s / unit for name, s in seconds.items()}} if unit else {}
     measured = {"seconds": seconds, "peak_memory": peak_memory_bytes()} | cost
     return replace(evidence, facts=evidence.facts | measured)
-
-
-def traced_queries(command: Trace, session: Session) -> "TextExamples":
-    """The queries; alternatives, where there are any, follow the completions."""
-    from headwater.cli.common import read_examples
-    from headwater.cli.flags import DataFlags
-    from headwater.data.tokens import completion_examples
-    from headwater.models.language import generate
-
-    if command.queries is not None:
-        return read_examples(
-            command.queries, DataFlags(prompt="prompt", completion="completion"), session.language
-        )
-    language, prompts = session.language, command.prompt
-    completions = command.completion or tuple(
-        generate(language, p, max_new_tokens=command.max_new_tokens, chat=command.chat)
-        for p in prompts
-    )
-    both = (
-        (prompts + prompts, completions + command.rather_than)
-        if command.rather_than
-        else (prompts, completions)
-    )
-    examples = completion_examples(
-        language.tokenizer, *both, chat=command.chat, max_length=language.context_length
-    )
-    for message in examples.report.messages:
-        say(f"  queries: {message}")
-    return examples

@@ -11,13 +11,15 @@ import tyro
 
 from headwater.cli.common import (
     emit_json,
+    finetuning,
     progress_bar,
     read_examples,
+    require_trained_on,
     run_session,
     say,
     trace_name,
 )
-from headwater.cli.flags import FINETUNE, RUN, parse, require, restore
+from headwater.cli.flags import RUN, parse, require, restore
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,7 +92,10 @@ def verify(command: Verify, *, quiet: bool = False) -> "Verification":
         raise ValueError(
             f"{command.run / RUN} does not say how the trace {name!r} was asked; ask it again with `headwater trace`."
         )
-    tuning, source = _tuning(Path(record["fit"]["model"]))
+    tuning, trajectory = finetuning(
+        Path(record["fit"]["model"]), "repeated", "headwater.training.verify.verify"
+    )
+    source = trajectory.made_from
     evidence = Evidence.load(command.run / "traces" / name)
     asked = record["traces"][name]
     asked["method"] = restore(InfluenceFlags, asked["method"])
@@ -128,24 +133,6 @@ def _fit_made_from(run: Path) -> list[Any]:
     return [manifest["made_from"], manifest["files"], facts]
 
 
-def _tuning(model: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The record of the fine-tuning that made a model, and the fingerprints of what it was made from."""
-    from headwater.core.files import read_json
-    from headwater.training.trajectory import Trajectory
-
-    if not model.is_dir():
-        raise FileNotFoundError(
-            f"{model}, the model of this run, is no longer there; move it back, or fit again where it is now."
-        )
-    if not (model / FINETUNE).is_file():
-        raise FileNotFoundError(
-            f"{model} has no {FINETUNE}: only runs of `headwater finetune` can be repeated here. Run it again with the "
-            "same options (a finished run is found, not repeated), or verify from Python with "
-            "headwater.training.verify.verify and your own training."
-        )
-    return read_json(model / FINETUNE), Trajectory.load(model).made_from
-
-
 def _verify(
     command: Verify,
     question: "Trace",
@@ -159,7 +146,7 @@ def _verify(
 
     from headwater.cli.finetune import Finetune
     from headwater.cli.flags import DataFlags
-    from headwater.cli.trace import traced_queries
+    from headwater.cli.question import asked_queries
     from headwater.core.fingerprint import fingerprint_json, fingerprint_model
     from headwater.core.fit import load
     from headwater.core.task import CausalLM
@@ -180,13 +167,9 @@ def _verify(
             f"{place} has changed since the fine-tuning, which can no longer be repeated; bring it back as it was, or "
             "fine-tune and fit again."
         )
-    if session.train.fingerprint() != given["data"]:
-        raise ValueError(
-            f"{again.model} was fine-tuned on {again.data}, and the fit was made on other examples; fit on the data "
-            "the model was trained on, with the same columns and --max-length."
-        )
+    require_trained_on(session, tuning, given["data"])
     fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
-    queries = traced_queries(question, session)
+    queries = asked_queries(question, session, question.rather_than)
     n = len(queries) // 2 if question.rather_than else len(queries)
     weights = torch.cat([torch.eye(n), -torch.eye(n)], 1) if question.rather_than else None
     method = Influence(**asdict(question.method), n_intervals=0)
@@ -214,6 +197,7 @@ def _verify(
             batch_tokens=again.batch_tokens,
             seed=seed,
             weights=changed,
+            checkpoints=0,
             progress=bar,
         )
         measured_runs.append(out)

@@ -339,7 +339,7 @@ class FitsAt(Sequence):
 def fits_at(fit: Fit, checkpoints: Sequence[Mapping[str, Tensor]]) -> FitsAt:
     """Fits of the same task and data with other weights: checkpoints of a run, or runs of other seeds.
 
-    Their curvature is the identity, so they cost a copy of the model each, held only while it is in use.
+    Their curvature is the identity, so they cost a copy of the checkpoint's weights each, held only while in use.
 
     Args:
         fit: A fit of the model.
@@ -353,7 +353,14 @@ def fits_at(fit: Fit, checkpoints: Sequence[Mapping[str, Tensor]]) -> FitsAt:
 
 
 def _fit_at(fit: Fit, checkpoint: Mapping[str, Tensor], number: int) -> Fit:
-    model = copy.deepcopy(fit.model)
+    named = list(fit.model.named_parameters(remove_duplicate=False))
+    replaced = {id(p) for name, p in named if name in checkpoint}
+    shared = {  # weights that stay as they are take no memory twice
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+        for _, p in named
+        if type(p) is nn.Parameter and id(p) not in replaced
+    }
+    model = copy.deepcopy(fit.model, shared)
     state = model.state_dict()
     wrong = [
         f"{name} {tuple(tensor.shape)}"

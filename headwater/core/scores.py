@@ -205,21 +205,19 @@ class Scores:
             for name in _TENSORS:
                 if getattr(self, name) is not None:
                     writer.tensor(name, getattr(self, name))
-            columns = dict(_to_column(k, v) for k, v in self.metadata.items())
-            writer.table("train", {"id": self.train_ids} | columns)
+            writer.table("train", to_table(self.train_ids, self.metadata))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Scores":
         """Read scores saved by `save`."""
         artifact = Artifact.open(folder, kind="scores")
         tensors = {n: artifact.tensor(n) for n in _TENSORS if n in artifact.tensor_names}
-        columns = artifact.table("train").to_pydict()
-        metadata = dict(_from_column(k, v) for k, v in columns.items() if k != "id")
+        train_ids, metadata = from_table(artifact.table("train").to_pydict())
         facts = dict(artifact.facts)
         if totals := facts.pop("totals", None):
             ends = {k: torch.tensor(totals[k]) for k in ("raised", "lowered")}
             facts["totals"] = GroupTotals(**totals | ends)
-        return cls(**tensors, **facts, train_ids=columns["id"], metadata=metadata)
+        return cls(**tensors, **facts, train_ids=train_ids, metadata=metadata)
 
     def plot(self, query: int = 0, *, top: int = 10):
         """A bar for each of the strongest examples of a query, with intervals; needs the extra `plots`."""
@@ -260,6 +258,16 @@ class Scores:
         if q > 5:
             lines.append(f"  … and {q - 5} more queries")
         return "\n".join(lines)
+
+
+def to_table(ids: list[str], metadata: dict[str, list]) -> dict[str, list]:
+    """Ids of examples and their metadata, as columns that a table can hold."""
+    return {"id": ids} | dict(_to_column(k, v) for k, v in metadata.items())
+
+
+def from_table(columns: dict[str, list]) -> tuple[list[str], dict[str, list]]:
+    """Inverse of `to_table`: ids and metadata."""
+    return columns["id"], dict(_from_column(k, v) for k, v in columns.items() if k != "id")
 
 
 def _to_column(name: str, values: list) -> tuple[str, list]:

@@ -16,6 +16,7 @@ from headwater.trace.lissa import LiSSA
 from headwater.trace.random import Random
 from headwater.trace.similarity import EmbeddingSimilarity, RepresentationSimilarity
 from headwater.trace.source import Source
+from headwater.trace.timeline import Timeline
 from headwater.trace.tracin import TracIn
 from headwater.trace.trackstar import TrackStar
 from headwater.trace.trak import TRAK
@@ -38,6 +39,7 @@ __all__ = [
     "Random",
     "RepresentationSimilarity",
     "Source",
+    "Timeline",
     "TracIn",
     "TrackStar",
     "Unrolling",

@@ -206,7 +206,7 @@ class Source(Attributor):
             weights=weights,
             names=names,
             unit="nats",
-            facts={"curvature": _told(self._method(fit)), "segments": told[::-1]},
+            facts={"curvature": self.told_curvature(fit), "segments": told[::-1]},
         )
 
     def by_segment(
@@ -219,10 +219,25 @@ class Source(Attributor):
         progress: Progress | None = None,
     ) -> Float[Tensor, "segment query train"]:
         """What each segment of training, first to last, adds to the scores."""
+        told = self.told_by_segment(
+            fit, queries, trajectory=trajectory, measurement=measurement, progress=progress
+        )
+        return told[0]
+
+    def told_by_segment(
+        self,
+        fit: Fit,
+        queries: Any,
+        *,
+        trajectory: Trajectory | str | Path,
+        measurement: Measurement | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Float[Tensor, "segment query train"], list[dict[str, Any]]]:
+        """What each segment adds to the scores, and what is worth telling of it."""
         record = _read(fit, trajectory)
         gradients = query_gradients(fit, as_examples(queries), measurement, None, progress)
-        parts = [values for values, _ in self._backwards(fit, gradients, record, progress)]
-        return torch.stack(parts[::-1])
+        parts = list(self._backwards(fit, gradients, record, progress))[::-1]
+        return torch.stack([values for values, _ in parts]), [facts for _, facts in parts]
 
     def _backwards(
         self, fit: Fit, v: Gradients, record: Trajectory, progress: Progress | None
@@ -251,6 +266,11 @@ class Source(Attributor):
             if k:
                 propagated = curvature.apply(asked, Propagation(**vars(dynamics)))
                 v = scaled(propagated, scales, inverse=True)
+
+    def told_curvature(self, fit: Fit) -> dict[str, Any]:
+        """The form of each segment's curvature with its options."""
+        method = self._method(fit)
+        return {"kind": method.kind} | vars(method)
 
     def _method(self, fit: Fit) -> CurvatureMethod:
         """The form of the curvature, without what only intervals need."""
@@ -433,7 +453,3 @@ def _limit(stage: StageRecord) -> float:
     if not stage.betas:
         return 2 * (1 + stage.momentum)
     return 2 * (1 + stage.betas[0]) / (1 - stage.betas[0])
-
-
-def _told(method: CurvatureMethod) -> dict[str, Any]:
-    return {"kind": method.kind} | vars(method)

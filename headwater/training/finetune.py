@@ -8,7 +8,7 @@ tokens that an average batch scores. Dropout stays off: the run repeats exactly 
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headwater.core.checkpoint import SAVE_EVERY, Cadence, Checkpoint
 from headwater.core.examples import Examples, to_device
-from headwater.core.files import require_same
+from headwater.core.files import ArtifactMismatch, require_same
 from headwater.core.fingerprint import fingerprint_json, fingerprint_model
 from headwater.core.locks import FolderLock
 from headwater.core.prediction import IGNORE
@@ -26,10 +26,18 @@ from headwater.core.task import CausalLM
 from headwater.extras import require
 from headwater.models.language import LanguageModel, load_language_model, quiet
 from headwater.training.optimizers import learning_rate
-from headwater.training.trajectory import FILE, Trajectory
+from headwater.training.record import moments_of, stage_of
+from headwater.training.trajectory import (
+    FILE,
+    CheckpointRecord,
+    Trajectory,
+    checkpoint_steps,
+    keep_checkpoint,
+)
 
 Progress = Callable[[int, int, str], None]
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+CHECKPOINTS = 6  # kept for attribution where adapters are trained, which are small
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +47,7 @@ class Finetuned:
     Attributes:
         language: The fine-tuned model.
         trajectory: What training did.
-        path: The folder that holds adapter or model, tokenizer and `trajectory.json`.
+        path: The folder that holds adapter or model, tokenizer, `trajectory.json` and its checkpoints.
     """
 
     language: LanguageModel
@@ -63,6 +71,7 @@ def finetune(
     warmup: int = 5,
     seed: int = 0,
     weights: Mapping[str, float] | None = None,
+    checkpoints: int | None = None,
     progress: Progress | None = None,
 ) -> Finetuned:
     """Fine-tune with AdamW, a short warmup and a learning rate that falls to zero linearly.
@@ -88,14 +97,19 @@ def finetune(
         seed: Seed of the adapters' initial weights and of the order of examples.
         weights: Weight of the loss of some examples, by id: 0 leaves one out, 2 counts it twice. The order of the
             examples and the scale of the loss stay those of the run without weights.
+        checkpoints: Trained parameters kept along the way, with the optimizer's moments, beside the initial ones: what
+            SOURCE and exact unrolling follow the run by. They change nothing else. When left out, 6 with adapters
+            and none where all weights are trained; a run that was made or begun already keeps what it has.
         progress: Called with (steps done, steps in all, note).
 
     Raises:
         FloatingPointError: The loss was not finite; the message names the examples. The state
             before that step is kept.
-        ArtifactMismatch: The folder holds another run.
+        ArtifactMismatch: The folder holds another run, or this one without the checkpoints asked for.
         ValueError: Nothing is left to train, or an option does not fit the model.
     """
+    if checkpoints is not None and checkpoints < 0:
+        raise ValueError(f"checkpoints must be 0 or more; got {checkpoints}.")
     if epochs < 1 or batch_tokens < 1 or not lr > 0:
         raise ValueError(
             f"epochs, batch_tokens and lr must be positive; got {epochs}, {batch_tokens}, {lr}."
@@ -122,9 +136,9 @@ def finetune(
     out = Path(out)
     with FolderLock(out):
         if (out / FILE).is_file():
-            return _finished(out, language, made_from)
+            return _finished(out, language, made_from, checkpoints)
         model = _trainable(language.model, options)
-        run = _Run(model, examples, options, made_from, Checkpoint(out / "checkpoint"), progress)
+        run = _Run(model, examples, options, made_from, out, checkpoints, progress)
         trajectory = run.train()
         if lora_rank is None:
             model.save_pretrained(out)
@@ -154,9 +168,18 @@ def _checked(weights: Mapping[str, float], examples: Examples) -> dict[str, floa
     return {name: float(w) for name, w in sorted(weights.items()) if w != 1}
 
 
-def _finished(out: Path, language: LanguageModel, made_from: dict[str, str]) -> Finetuned:
+def _finished(
+    out: Path, language: LanguageModel, made_from: dict[str, str], checkpoints: int | None
+) -> Finetuned:
     trajectory = Trajectory.load(out)
     require_same(trajectory.made_from, made_from, f"{out} holds a finished run")
+    asked = checkpoint_steps([trajectory.steps], checkpoints) if checkpoints else []
+    kept = {each.step for each in trajectory.checkpoints}
+    if not kept.issuperset(asked):
+        raise ArtifactMismatch(
+            f"{out} holds the finished run with {len(kept) or 'no'} checkpoints, and not the {checkpoints} asked for, "
+            "which cannot be added; fine-tune into another folder (the run repeats exactly), or leave checkpoints out."
+        )
     adapted = (out / "adapter_config.json").is_file()
     dtype = str(next(language.model.parameters()).dtype).removeprefix("torch.")
     tuned = load_language_model(
@@ -175,8 +198,14 @@ class _Run:
     examples: Examples
     options: dict[str, Any]
     made_from: dict[str, str]
-    checkpoint: Checkpoint
+    out: Path
+    checkpoints: int | None
     progress: Progress | None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The state to go on from."""
+        return Checkpoint(self.out / "checkpoint")
 
     def train(self) -> Trajectory:
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -208,22 +237,27 @@ class _Run:
             for step in range(len(order))
         ]
         scale = _scored(self.examples) / per_epoch
-        losses, cadence = self._resume(parameters, optimizer), Cadence(SAVE_EVERY)
+        losses, kept, n_kept = self._resume(parameters, optimizer)
+        keep = checkpoint_steps([len(order)], n_kept) if n_kept else []
+        cadence = Cadence(SAVE_EVERY)
         for step in range(len(losses), len(order)):
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
             optimizer.zero_grad()
             total, mean = self._loss(order[step])
             if not math.isfinite(mean):
-                self._save(parameters, optimizer, losses)
+                self._save(parameters, optimizer, losses, kept, n_kept)
                 raise FloatingPointError(self._not_finite(step, order[step], rates[step]))
             (total / scale).backward()
             optimizer.step()
             losses.append(mean)
             done = step + 1
+            if done in keep:
+                moments, lr_sum = moments_of(optimizer, parameters), sum(rates[:done])
+                kept.append(keep_checkpoint(self.out, done, parameters, moments, lr_sum=lr_sum))
             if cadence.due or (done % per_epoch == 0 and done < len(order)):
                 with cadence.saving():
-                    self._save(parameters, optimizer, losses)
+                    self._save(parameters, optimizer, losses, kept, n_kept)
             if self.progress is not None:
                 epoch = min(step // per_epoch, epochs - 1) + 1
                 self.progress(
@@ -251,6 +285,8 @@ class _Run:
             trained=list(parameters),
             distance=moved,
             made_from=self.made_from,
+            stages=[replace(stage_of(optimizer, "fine-tune"), stop=len(order))],
+            checkpoints=kept,
         )
 
     def _loss(self, indices: Sequence[int]) -> tuple[Tensor, float]:
@@ -276,25 +312,39 @@ class _Run:
         )
 
     def _save(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, losses: list[float]
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.AdamW,
+        losses: list[float],
+        kept: list[CheckpointRecord],
+        n_kept: int,
     ) -> None:
         tensors: dict[str, Tensor] = {}
         for name, p in parameters.items():
             tensors[f"parameter.{name}"] = p.detach()
             for key, value in optimizer.state[p].items():
                 tensors[f"{key}.{name}"] = value.detach()
-        self.checkpoint.save(tensors, {"made_from": self.made_from, "losses": losses})
+        facts = {"made_from": self.made_from, "losses": losses}
+        listed = {"checkpoints": n_kept, "kept": [asdict(each) for each in kept]}
+        self.checkpoint.save(tensors, facts | listed)
 
     def _resume(
         self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW
-    ) -> list[float]:
-        """Put parameters and optimizer into the saved state; the losses so far."""
-        saved = self.checkpoint.load()
+    ) -> tuple[list[float], list[CheckpointRecord], int]:
+        """Put parameters and optimizer into the saved state; losses and checkpoints so far, and how many to keep."""
+        saved, asked = self.checkpoint.load(), self.checkpoints
         if saved is None:
-            return []
+            default = CHECKPOINTS if self.options["lora_rank"] else 0
+            n_kept = default if asked is None else asked
+            return [], [keep_checkpoint(self.out, 0, parameters)] if n_kept else [], n_kept
         tensors, facts = saved
         place = f"{self.checkpoint.folder.parent} holds an unfinished run"
         require_same(facts["made_from"], self.made_from, place)
+        begun = facts.get("checkpoints", 0)
+        if asked is not None and asked != begun:
+            raise ArtifactMismatch(
+                f"{place} that was begun with checkpoints={begun}; go on with that number, or choose another folder."
+            )
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(tensors[f"parameter.{name}"])
@@ -303,7 +353,8 @@ class _Run:
                 key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else p.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
-        return list(facts["losses"])
+        kept = [CheckpointRecord(**each) for each in facts.get("kept", [])]
+        return list(facts["losses"]), kept, begun
 
 
 def batches(examples: Examples, *, tokens: int, seed: int, epoch: int) -> Iterator[list[int]]:

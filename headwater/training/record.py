@@ -31,8 +31,8 @@ from headwater.training.trajectory import (
     CheckpointRecord,
     StageRecord,
     Trajectory,
-    moments_by_name,
-    write_tensors,
+    checkpoint_at,
+    keep_checkpoint,
 )
 
 STATE = "checkpoint"  # folder of the state that a killed `train_model` goes on from
@@ -91,7 +91,7 @@ class TrajectoryWriter:
 
     def again(self, step: int, lr_sum: float, *, moments: bool = False) -> None:
         """Note a checkpoint that is in the folder already, where a run goes on."""
-        self._note(step, lr_sum, moments)
+        self.checkpoints.append(checkpoint_at(step, lr_sum=lr_sum, moments=moments))
 
     def stage(self, record: StageRecord) -> None:
         """Begin another stage at the step that comes next."""
@@ -120,19 +120,8 @@ class TrajectoryWriter:
         lr_sum: float = 0.0,
     ) -> None:
         """Keep the parameters after `step` steps, and the optimizer's moments where given."""
-        noted = self._note(step, lr_sum, bool(moments))
-        write_tensors(self.folder / noted.path, parameters)
-        if moments and noted.optimizer_path:
-            write_tensors(self.folder / noted.optimizer_path, moments_by_name(moments))
-
-    def _note(self, step: int, lr_sum: float, moments: bool) -> CheckpointRecord:
-        name = f"checkpoints/step-{step:08}"
-        beside = f"{name}-optimizer.safetensors" if moments else None
-        path = f"{name}.safetensors"
-        self.checkpoints.append(
-            CheckpointRecord(step=step, path=path, lr_sum=lr_sum, optimizer_path=beside)
-        )
-        return self.checkpoints[-1]
+        kept = keep_checkpoint(self.folder, step, parameters, moments, lr_sum=lr_sum)
+        self.checkpoints.append(kept)
 
     def finish(self, parameters: Mapping[str, Tensor]) -> Trajectory:
         """Write the record, and the last parameters if they were not kept yet."""
@@ -223,7 +212,7 @@ class Recorder:
         """Keep the parameters as they are now."""
         if self._writer.checkpoints[-1].step == self._steps:
             return
-        moments = self._moments() if self.keep_optimizer else None
+        moments = moments_of(self._optimizer, self._names) if self.keep_optimizer else None
         self._writer.checkpoint(self._steps, self._parameters(), moments, self._lr_sum)
 
     def finish(self) -> Trajectory:
@@ -251,9 +240,9 @@ class Recorder:
         if hasattr(self, "_hook"):
             self._hook.remove()
         self._optimizer = optimizer
-        self._names = {id(p): n for n, p in self.model.named_parameters()}
+        self._names = dict(self.model.named_parameters())
         self._settings = _settings(optimizer)
-        self._writer.stage(_stage(optimizer, name, self.other))
+        self._writer.stage(stage_of(optimizer, name, self.other))
         self._hook = optimizer.register_step_post_hook(self._after)
 
     def _after(self, optimizer: TorchOptimizer, *_: Any) -> None:
@@ -285,14 +274,6 @@ class Recorder:
 
     def _parameters(self) -> dict[str, Tensor]:
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def _moments(self) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = {}
-        for p, state in self._optimizer.state.items():
-            for key, moment in _MOMENTS.items():
-                if isinstance(state.get(key), Tensor) and id(p) in self._names:
-                    found.setdefault(moment, {})[self._names[id(p)]] = state[key].detach()
-        return found
 
 
 @contextmanager
@@ -485,10 +466,25 @@ def _settings(optimizer: TorchOptimizer) -> dict[str, Any]:
     }
 
 
-def _stage(optimizer: TorchOptimizer, name: str, other: Mapping[str, Any]) -> StageRecord:
+def moments_of(
+    optimizer: TorchOptimizer, parameters: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """What an optimizer remembers of named parameters: "velocity", or "mean" and "square"."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, p in parameters.items():
+        state = optimizer.state.get(p, {})
+        for key, moment in _MOMENTS.items():
+            if isinstance(state.get(key), Tensor):
+                found.setdefault(moment, {})[name] = state[key].detach()
+    return found
+
+
+def stage_of(
+    optimizer: TorchOptimizer, name: str, other: Mapping[str, Any] | None = None
+) -> StageRecord:
     """What a stage with this optimizer is recorded as."""
     group, settings = optimizer.param_groups[0], _settings(optimizer)
-    odd = {key: group[key] for key in _OTHER if group.get(key)} | dict(other)
+    odd = {key: group[key] for key in _OTHER if group.get(key)} | dict(other or {})
     rates = {float(each["lr"]) for each in optimizer.param_groups}
     differ = sorted(k for k, v in settings.items() if any(each != v[0] for each in v))
     differ += ["lr"] * (len(rates) > 1)

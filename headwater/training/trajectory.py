@@ -272,12 +272,13 @@ class Trajectory:
             )
         return by_moment(self._tensors(record.optimizer_path))
 
-    def _checkpoint(self, i: int) -> CheckpointRecord:
-        if not -len(self.checkpoints) <= i < len(self.checkpoints):
-            raise IndexError(f"The run has {len(self.checkpoints)} checkpoints; asked for {i}.")
-        return self.checkpoints[i]
+    def file(self, name: str) -> Path:
+        """Where a checkpoint's file is.
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
+        Raises:
+            ArtifactMissing: It is gone.
+            ArtifactDamaged: The record names one outside of its folder.
+        """
         if self.folder is None:
             raise ValueError("The trajectory has no folder; read it with Trajectory.load.")
         path = self.folder / name
@@ -287,6 +288,15 @@ class Trajectory:
             raise ArtifactMissing(
                 f"{path} does not exist; the run's checkpoints lie beside {FILE}."
             )
+        return path
+
+    def _checkpoint(self, i: int) -> CheckpointRecord:
+        if not -len(self.checkpoints) <= i < len(self.checkpoints):
+            raise IndexError(f"The run has {len(self.checkpoints)} checkpoints; asked for {i}.")
+        return self.checkpoints[i]
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        path = self.file(name)
         try:
             return load_file(path)
         except SafetensorError as error:
@@ -364,6 +374,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_folder(path.parent)
+
+
+def keep_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+    *,
+    lr_sum: float = 0.0,
+) -> CheckpointRecord:
+    """Write the parameters after `step` steps into a record's folder, and the optimizer's moments where given."""
+    kept = checkpoint_at(step, lr_sum=lr_sum, moments=bool(moments))
+    write_tensors(folder / kept.path, parameters)
+    if moments and kept.optimizer_path:
+        write_tensors(folder / kept.optimizer_path, moments_by_name(moments))
+    return kept
+
+
+def checkpoint_at(step: int, *, lr_sum: float = 0.0, moments: bool = False) -> CheckpointRecord:
+    """The record of a checkpoint under the names that its files have."""
+    name = f"checkpoints/step-{step:08}"
+    return CheckpointRecord(
+        step=step,
+        path=f"{name}.safetensors",
+        lr_sum=lr_sum,
+        optimizer_path=f"{name}-optimizer.safetensors" if moments else None,
+    )
 
 
 def _file(path: str | Path) -> Path:

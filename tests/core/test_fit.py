@@ -249,6 +249,19 @@ def test_an_empty_batch_is_refused():
         fit(nn.Linear(3, 4), data, Classification(), batch_tokens=0)
 
 
+def test_fits_at_checkpoints_share_the_weights_that_stay():
+    found = case("mlp")
+    fitted = found.fit(Identity())
+    name, *others = dict(found.model.named_parameters())
+    before = found.model.get_parameter(name).detach().clone()
+    at = fits_at(fitted, [{name: before + 1}])[0].model
+    assert torch.equal(at.get_parameter(name), before + 1)
+    assert torch.equal(found.model.get_parameter(name), before)
+    for other in others:
+        one, two = at.get_parameter(other), found.model.get_parameter(other)
+        assert one is not two and one.data_ptr() == two.data_ptr()
+
+
 def test_fits_at_checkpoints_have_their_weights_and_nothing_else_new():
     found = case("mlp")
     fitted = found.fit(EKFAC())

@@ -9,14 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+import headwater
+from headwater.core.curvature import Identity
 from headwater.core.files import ArtifactMismatch
 from headwater.core.prediction import IGNORE
 from headwater.core.task import CausalLM
 from headwater.data.text import Records
 from headwater.data.tokens import tokenize
 from headwater.models.language import LanguageModel, load_language_model
+from headwater.trace import Unrolling
 from headwater.training import finetune as module
 from headwater.training.finetune import batches, finetune
+from headwater.training.run import Run
 from headwater.training.trajectory import Trajectory
 from tests.language_cases import WORDS, gpt2, llama, saved, tokenizer
 
@@ -216,6 +220,119 @@ def test_the_record_tells_the_run(language, tmp_path):
     assert calls[-1][2] == f"fine-tuning: epoch 2/2, {run.losses[-1]:.2f} nats a token"
 
 
+# Checkpoints
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_checkpoints_lead_from_the_beginning_to_the_model_that_loads_back(language, tmp_path, rank):
+    options = OPTIONS | {"lora_rank": rank, "layers_from": 1}
+    made = finetune(language, texts(), out=tmp_path / "out", checkpoints=4, **options)
+    run, n = Trajectory.load(tmp_path / "out"), made.trajectory.steps
+    assert run == made.trajectory
+    assert [c.step for c in run.checkpoints] == [0, *(round(n * k / 4) for k in (1, 2, 3, 4))]
+    assert [c.lr_sum for c in run.checkpoints] == [sum(run.lr[: c.step]) for c in run.checkpoints]
+    loaded = load_language_model(tmp_path / "out").model
+    own = {name: p.detach() for name, p in loaded.named_parameters()}
+    first, last = run.load_checkpoint(0), run.load_checkpoint(-1)
+    assert first.keys() == last.keys() == set(run.trained) <= own.keys()
+    if rank:
+        assert run.trained == [n for n, p in loaded.named_parameters() if p.requires_grad]
+    for name, value in last.items():
+        assert torch.equal(value, own[name])
+    moved = sum((last[name] - first[name]).double().square().sum() for name in last)
+    assert run.distance == pytest.approx(float(moved))
+    moments = run.load_optimizer(-1)
+    assert {name: list(part) for name, part in moments.items()} == {
+        name: sorted(run.trained) for name in ("mean", "square")
+    }
+    assert run.stages[0].rule().facts["betas"] == (0.9, 0.999)
+    stage = run.stages[0]
+    assert (stage.start, stage.stop, stage.weight_decay, stage.eps) == (0, n, 0.01, 1e-8)
+
+
+def test_the_recorded_run_repeats_itself(language, tmp_path):
+    # Not the Llama, whose norms compute in float32 whatever they are given.
+    language, examples = replace(language, model=gpt2().double()), texts()
+    made = finetune(language, examples, out=tmp_path / "out", **OPTIONS)
+    model = made.language.model
+    run = Run(model=model, task=CausalLM(), train=examples, trajectory=made.trajectory)
+    final = run.repeat().parameters
+    for name, p in trained(made).items():
+        # Another kernel of attention: rounding alone, which Adam's division lets grow a little.
+        torch.testing.assert_close(final[name], p, rtol=1e-7, atol=1e-9)
+
+
+def test_exact_unrolling_is_the_derivative_of_the_fine_tuning(language, tmp_path):
+    """Along a reweighting of one example, against fine-tunings under other weights of it."""
+    language, examples = replace(language, model=gpt2().double()), texts()
+    name, h = "t3", 1e-3
+    made = finetune(language, examples, out=tmp_path / "out", **OPTIONS)
+    queries = examples.subset([0, 5])
+
+    def measured(model) -> torch.Tensor:
+        with torch.no_grad():
+            return -CausalLM().loss(model, queries.batch([0, 1]))
+
+    def at(weight: float) -> torch.Tensor:
+        changed = {"out": tmp_path / f"weight {weight}", "weights": {name: weight}}
+        return measured(
+            finetune(language, examples, checkpoints=0, **changed, **OPTIONS).language.model
+        )
+
+    difference = (8 * (at(1 + h) - at(1 - h)) - (at(1 + 2 * h) - at(1 - 2 * h))) / (12 * h)
+    fitted = headwater.fit(made.language.model, examples, CausalLM(), curvature=Identity())
+    scores = Unrolling(keep="sqrt").attribute(
+        fitted, queries, trajectory=made.trajectory, measurement="log_prob"
+    )
+    assert scores.facts["keep"] == "sqrt" and scores.facts["replay_gap"] < 1e-6
+    found = scores.values[:, examples.ids.index(name)].double()
+    torch.testing.assert_close(found, difference, rtol=1e-5, atol=1e-8)  # scores are float32
+
+
+def test_adapters_keep_six_checkpoints_and_whole_models_none(language, tmp_path):
+    adapted = finetune(language, texts(), out=tmp_path / "a", **OPTIONS)
+    assert len(adapted.trajectory.checkpoints) == 7  # with the initial parameters
+    whole = finetune(language, texts(), out=tmp_path / "b", **OPTIONS | {"lora_rank": None})
+    assert whole.trajectory.checkpoints == [] and not (tmp_path / "b" / "checkpoints").exists()
+    none = finetune(language, texts(), out=tmp_path / "c", checkpoints=0, **OPTIONS)
+    assert none.trajectory.checkpoints == [] and not (tmp_path / "c" / "checkpoints").exists()
+    assert none.trajectory.made_from == adapted.trajectory.made_from
+    for name, p in trained(adapted).items():
+        assert torch.equal(p, trained(none)[name])
+
+
+def test_a_finished_run_has_the_checkpoints_it_has(language, tmp_path):
+    made = finetune(language, texts(), out=tmp_path / "none", checkpoints=0, **OPTIONS)
+    again = finetune(language, texts(), out=tmp_path / "none", **OPTIONS)
+    assert again.trajectory == made.trajectory
+    with pytest.raises(ArtifactMismatch, match=r"with no checkpoints, and not the 6 asked for"):
+        finetune(language, texts(), out=tmp_path / "none", checkpoints=6, **OPTIONS)
+    six = finetune(language, texts(), out=tmp_path / "six", checkpoints=6, **OPTIONS)
+    fewer = finetune(language, texts(), out=tmp_path / "six", checkpoints=2, **OPTIONS)
+    assert fewer.trajectory == six.trajectory  # a third of six are two
+    with pytest.raises(ValueError, match="checkpoints must be 0 or more; got -1"):
+        finetune(language, texts(), out=tmp_path / "six", checkpoints=-1, **OPTIONS)
+
+
+def test_a_stopped_run_goes_on_with_the_checkpoints_it_was_begun_with(
+    language, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
+    whole = finetune(language, texts(), out=tmp_path / "whole", checkpoints=3, **OPTIONS)
+    out, stop = tmp_path / "out", {"progress": killed_at(5)}
+    with pytest.raises(Killed):
+        finetune(language, texts(), out=out, checkpoints=3, **OPTIONS, **stop)
+    listed = module.Checkpoint(out / "checkpoint").load()[1]["kept"]
+    assert listed and all((out / each["path"]).is_file() for each in listed)
+    with pytest.raises(ArtifactMismatch, match="begun with checkpoints=3"):
+        finetune(language, texts(), out=out, checkpoints=6, **OPTIONS)
+    rest = finetune(language, texts(), out=out, **OPTIONS)
+    assert rest.trajectory == whole.trajectory
+    for i in range(4):
+        one, two = rest.trajectory.load_checkpoint(i), whole.trajectory.load_checkpoint(i)
+        assert all(torch.equal(one[name], two[name]) for name in two)
+
+
 # Repeating, resuming, refusing
 
 
@@ -285,7 +402,10 @@ def test_a_run_that_is_killed_loses_little(language, tmp_path):
     )
     whole = finetune(language, texts(), out=tmp_path / "whole", **OPTIONS)
     assert calls[0][0] > 1
-    assert rest.trajectory.losses == whole.trajectory.losses
+    assert rest.trajectory == whole.trajectory
+    for i, kept in enumerate(rest.trajectory.checkpoints):
+        one, two = rest.trajectory.load_checkpoint(i), whole.trajectory.load_checkpoint(i)
+        assert all(torch.equal(one[name], two[name]) for name in two), kept
 
 
 def test_a_finished_run_is_read_and_not_made_again(language, tmp_path):
