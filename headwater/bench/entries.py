@@ -132,6 +132,7 @@ def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
     ]
     if not workload.text:
         fast = Source(fast=True)
+        dual = replace(dual, cut=max(dual.cut, 0.02))  # early in training every label is likely
         found += [
             Entry(name="SOURCE, dual", method=fast, curvature=dual, needs="trajectory"),
             Entry(

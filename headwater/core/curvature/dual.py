@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import sweep
+from headwater.core.cost import available_memory_bytes
 from headwater.core.curvature.base import (
     Curvature,
     CurvatureMethod,
@@ -259,6 +260,9 @@ def _sides(block: Block) -> int:
     )
 
 
+_DECOMPOSED = 4  # matrices of the Gram matrix's size: itself, eigenvectors, and what eigh works in
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dual(CurvatureMethod):
     """The exact damped Gauss–Newton matrix in example space.
@@ -273,6 +277,7 @@ class Dual(CurvatureMethod):
 
     Raises:
         ValueError: There are more rows than `max_rows`.
+        MemoryError: Their Gram matrix and its eigenvectors do not fit into memory.
     """
 
     kind: ClassVar[str] = "dual"
@@ -310,10 +315,19 @@ class Dual(CurvatureMethod):
         return DualCurvature(rows, folds, n_folds, facts)
 
     def _refuse(self, collect: CollectGradients) -> bool:
-        if collect.n_rows > self.max_rows:
+        n, remedy = (
+            collect.n_rows,
+            f"Raise `cut` (now {self.cut}), draw labels with fisher='mc', or use EKFAC().",
+        )
+        if n > self.max_rows:
             raise ValueError(
-                f"The dual curvature has more than max_rows={self.max_rows:,} rows ({collect.n_rows:,} so far), "
-                f"and its Gram matrix takes {8 * collect.n_rows**2 / 1e9:.1f} GB twice over. Raise `cut` (now "
-                f"{self.cut}), draw labels with fisher='mc', or use EKFAC()."
+                f"The dual curvature has more than max_rows={self.max_rows:,} rows ({n:,} so far), and its Gram matrix "
+                f"takes {8 * n**2 / 1e9:.1f} GB twice over. {remedy}"
+            )
+        need, free = _DECOMPOSED * 8 * n**2, available_memory_bytes()
+        if need > free:
+            raise MemoryError(
+                f"The dual curvature has {n:,} rows so far; decomposing their Gram matrix takes {need / 1e9:.1f} GB, "
+                f"and {free / 1e9:.1f} GB are free. {remedy}"
             )
         return False

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from headwater.core.curvature import Dense, Dual, DualCurvature
+from headwater.core.curvature import Dense, Dual, DualCurvature, dual
 from headwater.core.curvature.dual import gram_eigen, gram_matrix, gram_middle
 from headwater.core.damping import Damping, Inverse
 from headwater.core.examples import TensorExamples
@@ -223,6 +223,12 @@ def test_single_precision_says_when_it_fails():
 def test_too_many_rows_are_refused_with_remedies():
     with pytest.raises(ValueError, match=r"max_rows=20 rows.*Raise `cut`.*fisher='mc'.*EKFAC"):
         shared("mlp").fitted(Dual(cut=0.0, max_rows=20))
+
+
+def test_rows_whose_gram_matrix_does_not_fit_are_refused_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(dual, "available_memory_bytes", lambda: 1000)
+    with pytest.raises(MemoryError, match=r"rows so far.*0\.0 GB are free\. Raise `cut`.*EKFAC"):
+        shared("mlp").fitted(Dual(cut=0.0))
 
 
 def test_comes_back_from_its_tensors():
