@@ -109,6 +109,7 @@ def _check(command: Trace) -> None:
 
 def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     """Trace, save the evidence and its page, and return both. A finished trace of the same question is read."""
+    from headwater.core.distributed import current
     from headwater.core.evidence import Evidence
     from headwater.core.files import read_json, write_json
     from headwater.core.fingerprint import fingerprint_json
@@ -120,16 +121,27 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     if not (command.run / RUN).is_file():
         run_session(command.run)  # says what is missing
     asked_digest = fingerprint_json([asked, _inputs(command)])
-    if folder.is_dir():
-        evidence = Evidence.load(folder)
-        if evidence.facts.get("question") == asked_digest and page.is_file():
-            return evidence, page
+
+    def known() -> bool:
+        return (
+            folder.is_dir()
+            and Evidence.load(folder).facts.get("question") == asked_digest
+            and page.is_file()
+        )
+
+    world = current()
+    if world.agreed(known):
+        return Evidence.load(folder), page
     evidence = _trace(command, {"question": asked_digest}, quiet=quiet)
-    evidence.save(folder)
-    write_html(evidence, page)
-    record = read_json(command.run / RUN)
-    record.setdefault("traces", {})[command.name] = asked
-    write_json(command.run / RUN, record)
+
+    def save() -> None:
+        evidence.save(folder)
+        write_html(evidence, page)
+        record = read_json(command.run / RUN)
+        record.setdefault("traces", {})[command.name] = asked
+        write_json(command.run / RUN, record)
+
+    world.first(save)
     return evidence, page
 
 
