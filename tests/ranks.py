@@ -69,6 +69,56 @@ def same(folder: Path) -> None:
     torch.save(found, folder / f"same-{current().size}-{current().rank}.pt")
 
 
+class Reader(nn.Module):
+    """Tokens through an embedding, a norm and two layers to a label."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(7, 6), nn.LayerNorm(6)
+        self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.mix(self.norm(self.embed(tokens))).tanh().mean(1))
+
+
+def sharded(folder: Path) -> None:
+    """The same fit of a model in one piece on each rank, and of one whose weights are spread over them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (current().size,))
+    found: dict[str, dict[str, Tensor]] = {}
+    for kind in ("plain", "sharded"):
+        torch.manual_seed(0)
+        model = Reader().double()
+        data = TensorExamples(torch.randint(7, (22, 5)), torch.randint(3, (22,)))
+        queries = TensorExamples(torch.randint(7, (3, 5)), torch.randint(3, (3,)))
+        if kind == "sharded":
+            for module in (model.mix, model):
+                fully_shard(module, mesh=mesh)
+        for name, method in {"ekfac": EKFAC(folds=3), "diagonal": Diagonal(folds=1)}.items():
+            fit = headwater.fit(model, data, TASK, curvature=method, batch_size=4)
+            scores = Influence(n_intervals=2).attribute(fit, queries)
+            numbers = fit.curvature.tensors() | {"scores": scores.values}
+            found[f"{kind} {name}"] = numbers
+            found[f"{kind} {name}"]["covered"] = torch.tensor(fit.followed.coverage)
+        if kind == "sharded":
+            for options in ({"curvature": EKFAC(fisher="exact")}, {"curvature": Dual()}):
+                try:
+                    headwater.fit(model, data, TASK, batch_size=4, **options)
+                except ValueError as error:
+                    assert "spread over ranks" in str(error)
+                else:
+                    raise AssertionError("all labels of a sharded model were to be refused")
+            try:
+                Influence(cg_steps=2).attribute(fit, queries)
+            except ValueError as error:
+                assert "spread over ranks" in str(error)
+            else:
+                raise AssertionError("conjugate gradients were to be refused")
+    torch.save(found, folder / f"sharded-{current().size}-{current().rank}.pt")
+
+
 class Broken(TensorExamples):
     """Data of which rank 1 cannot read one batch."""
 

@@ -24,11 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from headwater.core.checkpoint import Checkpoint
-from headwater.core.distributed import World, current, is_sharded
+from headwater.core.distributed import World, current
 from headwater.core.examples import Examples, take, to_device
 from headwater.core.layers import FUNCTIONAL, KINDS, Layer, Use
 from headwater.core.memory import free_memory, is_out_of_memory
-from headwater.core.target import Target
+from headwater.core.sharding import frozen, is_sharded, refuse_sharded
+from headwater.core.target import Enumerated, Target
 from headwater.core.task import LabelError, Task
 
 Progress = Callable[[int, int, str], None]
@@ -276,9 +277,7 @@ class Capture:
         """Hooks in place, parameters frozen and modules in evaluation mode, all undone at the end."""
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.model))
-            for p in [p for p in self.model.parameters() if p.requires_grad]:
-                p.requires_grad_(False)
-                stack.callback(p.requires_grad_, True)
+            stack.enter_context(frozen(self.model))
             for layer in self.layers.values():
                 for use in layer.uses:
                     hook = self._hook(layer.name, use)
@@ -814,6 +813,8 @@ class _Passes:
         plans = [plan for unit in units for plan in unit]
         self.following = dict(pairwise(plans))
         self.sharded = is_sharded(capture.model)
+        if isinstance(target, Enumerated):  # as many passes as there are likely labels
+            refuse_sharded(capture.model, "All labels", "draw them with fisher='mc'")
         self.limit = math.inf  # positions of a batch that memory suffices for
         self._shrunk: tuple[str, str] | None = None  # what it did not suffice for, and what it does
         self._running = BatchPlan((), 0)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from headwater.core.fingerprint import portable, revive
 
@@ -285,16 +285,6 @@ def spread_out(costs: Sequence[float], size: int) -> list[int]:
         owner[i] = min(range(size), key=lambda r: (loads[r], r))
         loads[owner[i]] += costs[i]
     return owner
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights of a model are spread over ranks, as by `fully_shard`."""
-    return current().size > 1 and any(hasattr(p, "full_tensor") for p in model.parameters())
-
-
-def whole(x: Tensor) -> Tensor:
-    """A tensor's values, put together where they are spread over ranks, which all ranks must then ask for."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[attr-defined]
 
 
 def _failure(exchange: int) -> str:

@@ -32,6 +32,7 @@ from headwater.core.fingerprint import fingerprint_json, fingerprint_model
 from headwater.core.follow import Followed, follow
 from headwater.core.layers import Layer, Use
 from headwater.core.locks import FolderLock
+from headwater.core.sharding import whole
 from headwater.core.store import Artifact, ArtifactWriter
 from headwater.core.task import Task
 
@@ -447,4 +448,4 @@ def moved(fit: Fit) -> float:
         return float(fit.facts["distance"])
     named = dict(fit.model.named_parameters(remove_duplicate=False))
     names = {n for layer in fit.followed for n in layer.parameters if n in named}
-    return sum(float(named[n].detach().double().square().sum()) for n in names)
+    return sum(float(whole(named[n].detach()).double().square().sum()) for n in sorted(names))

@@ -46,6 +46,16 @@ def test_ranks_have_the_same_bits_as_one_process(size, tmp_path, alone):
     assert not differing(tmp_path, "same", size, alone)
 
 
+def test_a_model_whose_weights_are_spread_over_ranks_has_the_same_fit(tmp_path):
+    succeeded("sharded", 2, tmp_path)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"sharded-2-{rank}.pt", weights_only=True)
+        for method in ("ekfac", "diagonal"):
+            plain, sharded = found[f"plain {method}"], found[f"sharded {method}"]
+            assert plain.keys() == sharded.keys() and float(plain["covered"]) == 1
+            assert all(torch.equal(sharded[k], v) for k, v in plain.items())
+
+
 def test_a_failing_rank_stops_all_with_its_error(tmp_path):
     first, second = ranks.start("failing", 2, tmp_path, timeout=60)
     assert first.returncode != 0 and second.returncode != 0
