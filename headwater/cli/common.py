@@ -59,7 +59,8 @@ def one_voice(run: Callable[[], int], name: str, *, shared: bool) -> int:
             stack.enter_context(contextlib.redirect_stderr(nowhere))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         if not shared:
-            raise ValueError(f"headwater {name} runs in one process; start it without torchrun.")
+            say(f"headwater: {name} runs in one process; start it without torchrun.")
+            return 2
         from headwater.core.distributed import RankFailed, current, started
 
         try:

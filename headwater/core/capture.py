@@ -738,9 +738,7 @@ class _State:
         self.save_every = self.wait = save_every
         self.saved = time.monotonic()
 
-    def resume(
-        self, facts: dict[str, Any], units: Sequence[list[BatchPlan]]
-    ) -> tuple[int, bool]:
+    def resume(self, facts: dict[str, Any], units: Sequence[list[BatchPlan]]) -> tuple[int, bool]:
         """How many units a checkpoint of the same sweep has done, and whether it is finished."""
         found = None if self.checkpoint is None else self.checkpoint.load()
         borders = list(accumulate(map(len, units), initial=0))
@@ -751,10 +749,11 @@ class _State:
         )
         known = [found[1]["done"], found[1]["finished"]] if found and usable else None
         known, *others = self.world.exchange([known, facts])
-        if any(theirs != facts for _, theirs in others):
+        elsewhere = next((theirs for _, theirs in others if theirs != facts), None)
+        if elsewhere is not None:
             raise ValueError(
-                f"The ranks are not in the same sweep: this one is in {facts}, others in "
-                f"{[theirs for _, theirs in others if theirs != facts][0]}. All must run the same program on the same data."
+                f"The ranks are not in the same sweep: this one is in {facts}, another in {elsewhere}. "
+                "All must run the same program on the same data."
             )
         known = known[0]
         if known is None:
@@ -770,9 +769,7 @@ class _State:
             return
         self.save(facts)
         self.saved = time.monotonic()
-        self.wait = self.save_every and max(
-            self.save_every, _WORK_PER_SAVE * (self.saved - began)
-        )
+        self.wait = self.save_every and max(self.save_every, _WORK_PER_SAVE * (self.saved - began))
 
     def save(self, facts: dict[str, Any]) -> None:
         if self.checkpoint is not None:
@@ -871,11 +868,10 @@ class _Passes:
         return parts
 
     def _batch(self, plan: BatchPlan, accumulators: Sequence[Accumulator]) -> None:
-        for self._running in self._pieces(plan):
-            data = to_device(self._loaded(self._running), self.capture.device)
-            run_batch(
-                self.capture, self.examples, self._running, data, accumulators, self.target
-            )
+        for piece in self._pieces(plan):
+            self._running = piece
+            data = to_device(self._loaded(piece), self.capture.device)
+            run_batch(self.capture, self.examples, piece, data, accumulators, self.target)
 
     def _loaded(self, plan: BatchPlan) -> Any:
         """A batch, while the next one is on its way."""

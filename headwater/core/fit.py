@@ -302,8 +302,8 @@ def fit(
     others = world.exchange(made_from)
     if differ := [k for k in made_from if any(other[k] != made_from[k] for other in others)]:
         raise ValueError(
-            f"The ranks have different inputs: {', '.join(differ)}. Every rank must load the same model and the same data, "
-            "with the same seeds."
+            f"The ranks have different inputs: {', '.join(differ)}. Every rank must load the same model and the same "
+            "data, with the same seeds."
         )
     record = {
         "weight_decay": weight_decay,

@@ -345,8 +345,8 @@ def eigenbases(
 ) -> tuple[dict[str, Tensor], dict[str, Basis]]:
     """Eigenvalues of every factor, and the bases (Q_A, Q_G) of every layer, in the factors' own precision.
 
-    The ranks of a process group share the decompositions, by their cost. Without `values` the factors are decomposed in their own precision, in half the time of float64: EK-FAC measures
-    its eigenvalues in whatever orthonormal basis it is given.
+    Without `values` the factors are decomposed in their own precision, in half the time of float64: EK-FAC measures
+    its eigenvalues in whatever orthonormal basis it is given. The ranks of a process group share the work, by its cost.
     """
     world, factors = current(), moments.finish()
     full = [name for name in factors if moments.is_full(name)]
