@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from headwater.core.capture import BatchPlan, units_of
 from headwater.core.distributed import World, current, spread_out, started
 from tests import ranks
 
@@ -80,6 +81,19 @@ def test_a_fit_whose_rank_was_killed_goes_on_with_any_number_of_ranks(tmp_path, 
     assert fitted and not any(line.startswith("moments") for line in fitted)  # that was done
     assert int(fitted[0].split()[1]) > 3
     assert not (tmp_path / ".fit.unfinished").exists()
+
+
+def test_units_are_runs_of_batches_of_one_fold():
+    plans = [BatchPlan((i,), int(i > 6)) for i in range(11)]
+    units = units_of(plans, most=4)
+    assert [[p.indices[0] for p in unit] for unit in units] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6],
+        [7, 8, 9],
+        [10],
+    ]
+    assert len(units_of(plans)) == 11 and units_of([]) == []
 
 
 def test_work_goes_to_the_rank_with_the_least():
