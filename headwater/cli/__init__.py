@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "rerun": "repeat a run from its run.json",
     "cite": "BibTeX for what a run used",
 }
+TOGETHER = ("fit", "trace")  # what several processes share under torchrun
 
 HELP = """usage: headwater COMMAND ...
 
@@ -37,7 +38,9 @@ examples:
   headwater timeline runs/mine --prompt "The river rises in"
   headwater verify runs/mine
 
-Every command has --help, and --json for machines. Models of other kinds: see the Python interface.
+Every command has --help, and --json for machines. fit and trace run on several processes or machines:
+  torchrun --nproc-per-node 2 -m headwater fit path/to/model data.jsonl --out runs/mine
+Models of other kinds: see the Python interface.
 """
 
 
@@ -62,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # Idle threads of PyTorch sleep: on a busy machine small steps are many times faster. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from headwater.cli.common import guarded
+    from headwater.cli.common import guarded, one_voice
 
-    return guarded(lambda: import_module(f"headwater.cli.{words[0]}").run(words[1:]))
+    def run() -> int:
+        return import_module(f"headwater.cli.{words[0]}").run(words[1:])
+
+    return guarded(lambda: one_voice(run, words[0], shared=words[0] in TOGETHER))

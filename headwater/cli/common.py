@@ -45,11 +45,49 @@ def guarded(call: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+    except _MISTAKES as error:
         if os.environ.get("HEADWATER_TRACEBACK"):
             raise
         print(f"headwater: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+_MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
+
+
+def one_voice(run: Callable[[], int], name: str, *, shared: bool) -> int:
+    """Run a command as one of the processes that a launcher started, if it did: the first speaks for all.
+
+    Where one fails, it says so itself, once, and the others end without a word.
+    """
+    size, rank = (int(os.environ.get(k) or d) for k, d in (("WORLD_SIZE", 1), ("RANK", 0)))
+    if size == 1:
+        return run()
+    with contextlib.ExitStack() as stack:
+        if rank:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        if not shared:
+            say(f"headwater: {name} runs in one process; start it without torchrun.")
+            return 2
+        from headwater.core.distributed import RankFailed, current, started
+
+        try:
+            with started():
+                return run()
+        except RankFailed as error:
+            if error.rank is not None or not current().announce(error):
+                return 2  # it has told its error itself
+            print(f"headwater: {_one_line(error)}", file=sys.__stderr__, flush=True)
+            return 2
+        except (RuntimeError, *_MISTAKES) as error:
+            if os.environ.get("HEADWATER_TRACEBACK"):
+                raise
+            if current().announce(error):
+                who = f"rank {rank} failed: {type(error).__name__}: {_one_line(error)}"
+                print(f"headwater: {who}", file=sys.__stderr__, flush=True)
+            return 2
 
 
 def _one_line(error: BaseException) -> str:

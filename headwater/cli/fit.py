@@ -61,7 +61,7 @@ def run(words: list[str]) -> int:
 
 def fit_session(session: Session, command: Fit, *, quiet: bool = False) -> Any:
     """Fit, write the run's record, and return the fit."""
-    from headwater.core.files import read_json, write_json
+    from headwater.core.distributed import current
     from headwater.core.fit import fit
     from headwater.core.task import CausalLM
 
@@ -82,6 +82,14 @@ def fit_session(session: Session, command: Fit, *, quiet: bool = False) -> Any:
             progress=progress,
             **record,
         )
+    current().first(lambda: _record(fitted, command))
+    return fitted
+
+
+def _record(fitted: Any, command: Fit) -> None:
+    """Write down what was asked and what it cost."""
+    from headwater.core.files import read_json, write_json
+
     old = read_json(command.out / RUN) if (command.out / RUN).is_file() else {}
     cost, seconds = old.get("cost", {}), fitted.facts["seconds"]
     if cost.get("fit_seconds") != seconds:  # else the fit was found finished
@@ -90,7 +98,6 @@ def fit_session(session: Session, command: Fit, *, quiet: bool = False) -> Any:
         command.out / RUN,
         old | {"fit": to_json(command), "cost": cost, "traces": old.get("traces", {})},
     )
-    return fitted
 
 
 def _pass_seconds(fitted: Any) -> float:

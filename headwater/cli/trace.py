@@ -80,20 +80,32 @@ def run(words: list[str]) -> int:
 
 def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     """Trace, save the evidence and its page, and return both. A finished trace of the same question is read."""
+    from headwater.core.distributed import current
     from headwater.core.evidence import Evidence
     from headwater.report.html import write_html
 
     folder = command.run / "traces" / command.name
     asked, digest = as_asked(command)
     page = folder.with_name(f"{folder.name}.html")  # a name may hold dots
-    if folder.is_dir():
-        evidence = Evidence.load(folder)
-        if evidence.facts.get("question") == digest and page.is_file():
-            return evidence, page
+
+    def known() -> bool:
+        return (
+            folder.is_dir()
+            and Evidence.load(folder).facts.get("question") == digest
+            and page.is_file()
+        )
+
+    world = current()
+    if world.agreed(known):
+        return Evidence.load(folder), page
     evidence = _trace(command, {"question": digest}, quiet=quiet)
-    evidence.save(folder)
-    write_html(evidence, page)
-    record_answer(command.run, "traces", command.name, asked)
+
+    def save() -> None:
+        evidence.save(folder)
+        write_html(evidence, page)
+        record_answer(command.run, "traces", command.name, asked)
+
+    world.first(save)
     return evidence, page
 
 

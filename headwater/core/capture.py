@@ -5,15 +5,17 @@ hands what it read (`a`) and the gradient of what it returned (`g`) to accumulat
 pass has reached all its uses. This is the only loop over data in the core.
 """
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from headwater.core.checkpoint import SAVE_EVERY, Cadence, Checkpoint
+from headwater.core.distributed import World, current
 from headwater.core.examples import Examples, take, to_device
 from headwater.core.layers import FUNCTIONAL, KINDS, Layer, Use
-from headwater.core.target import Target
+from headwater.core.memory import free_memory, is_out_of_memory
+from headwater.core.sharding import frozen, is_sharded, refuse_sharded
+from headwater.core.target import Enumerated, Target
 from headwater.core.task import LabelError, Task
 
 Progress = Callable[[int, int, str], None]
@@ -85,8 +90,35 @@ class Rows:
         return self.a.shape[-2]
 
 
+Kept = Literal["sums", "rows", "apart"]
+
+
 class Accumulator(ABC):
-    """Anything gathered over data: any split of the data, merged, equals the whole."""
+    """Anything gathered over data: any split of the data, merged, equals the whole.
+
+    Attributes:
+        kept: What happens over several batches and ranks. "sums": numbers of different batches are added up, which a
+            sweep does unit by unit in one order, so that rounding does not depend on the number of ranks. "rows":
+            every example has numbers of its own, which are put together exactly. "apart": each rank keeps what it
+            gathered, such as one that writes its own files; a sweep then neither merges nor saves it.
+    """
+
+    kept: ClassVar[Kept] = "sums"
+    _arguments: tuple[tuple, dict[str, Any]]
+
+    def __new__(cls, *args: Any, **options: Any):
+        new = super().__new__(cls)
+        new._arguments = args, options
+        return new
+
+    def empty(self) -> Any:
+        """Another one, made with the same arguments, that has seen nothing."""
+        args, options = self._arguments
+        return type(self)(*args, **options)
+
+    def forget(self, indices: Tensor) -> bool:
+        """Undo what was gathered of some examples, of which the last batch may be unfinished; whether it could."""
+        return False
 
     @abstractmethod
     def update(self, rows: Rows) -> None:
@@ -244,9 +276,7 @@ class Capture:
         """Hooks in place, parameters frozen and modules in evaluation mode, all undone at the end."""
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.model))
-            for p in [p for p in self.model.parameters() if p.requires_grad]:
-                p.requires_grad_(False)
-                stack.callback(p.requires_grad_, True)
+            stack.enter_context(frozen(self.model))
             for layer in self.layers.values():
                 for use in layer.uses:
                     hook = self._hook(layer.name, use)
@@ -285,6 +315,10 @@ class Capture:
             return output
 
         return hook
+
+    def clear(self) -> None:
+        """Let go of what a pass has left behind, such as one that ran out of memory."""
+        self._tape.clear()
 
     def backward(
         self,
@@ -347,6 +381,8 @@ class Capture:
         try:
             parts = [self._part(layer, call, n, masks) for call in calls]
         except (RuntimeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             shapes = ", ".join(str(tuple(call.x.shape)) for call in calls)
             raise LayerError(
                 layer.name,
@@ -402,7 +438,7 @@ class Capture:
                 self._vmap_works = True
                 return gradients
             except Exception as error:
-                if self._vmap_works:
+                if self._vmap_works or is_out_of_memory(error):
                     raise
                 warnings.warn(
                     f"torch.func cannot batch this model ({type(error).__name__}); the gradients of "
@@ -530,6 +566,20 @@ def plan_batches(
     return plans
 
 
+def units_of(plans: Sequence[BatchPlan], *, most: int = 256) -> list[list[BatchPlan]]:
+    """Runs of batches of one fold, about `most` of them: what ranks divide among themselves.
+
+    They do not depend on the number of ranks. Sums are taken over each unit and then over the units in their order, so
+    neither do the results.
+    """
+    size, units = math.ceil(len(plans) / most), []
+    for plan in plans:
+        if not units or len(units[-1]) == size or units[-1][0].fold != plan.fold:
+            units.append([])
+        units[-1].append(plan)
+    return units
+
+
 def sweep(
     capture: Capture,
     examples: Examples,
@@ -545,46 +595,334 @@ def sweep(
 ) -> int:
     """Pass once over the data; all accumulators share it. Returns the number of batches that were run.
 
+    The ranks of a process group share the batches, and all end with the whole: the same bits as one process has, on
+    the same hardware with the same number of threads. A batch that does not fit into memory is halved.
+
     Args:
         capture: The model with its followed layers.
         examples: The data.
         accumulators: What to gather.
         target: What is differentiated.
         batches: The batches, from `plan_batches` when left out.
-        checkpoint: Where to keep the state, so that a killed sweep goes on where it stopped.
+        checkpoint: Where to keep the state, so that a killed sweep goes on where it stopped, with any number of ranks.
         save_every: Least seconds between two saves; more where a save takes long, so that saving stays a twentieth.
-        progress: Called with (batches done, batches in all, note).
+        progress: Called with (batches done, batches in all, note), by the first rank only.
         note: What the sweep is for.
-        stop: Asked after each batch; true ends the sweep early.
+        stop: Asked after each unit of batches; true ends the sweep early.
+
+    Raises:
+        RankFailed: Another rank failed; the message has its error.
     """
+    world = current()
     plans = plan_batches(examples) if batches is None else list(batches)
-    facts = {"note": note, "batches": len(plans)}
-    start, finished = _resume(checkpoint, accumulators, facts)
-    if finished:
-        return start
-    cadence, done = Cadence(save_every), start
+    units = units_of(plans)
+    in_rounds = checkpoint is not None or stop is not None
+    if checkpoint is not None and any(a.kept == "apart" for a in accumulators):
+        raise ValueError("A sweep with a checkpoint cannot hold accumulators that are kept apart.")
+    # what is merged after each round, and what only at the end
+    often = [a.kept == "sums" or (in_rounds and world.size > 1) for a in accumulators]
+    often = [o and a.kept != "apart" for o, a in zip(often, accumulators, strict=True)]
+    once = [
+        a.kept == "rows" and world.size > 1 and not o
+        for o, a in zip(often, accumulators, strict=True)
+    ]
+    with world.failing_together():
+        state = _State(world, checkpoint if world.is_first else None, accumulators, save_every)
+        facts = {"note": note, "batches": len(plans)}
+        start, finished = state.resume(facts, units)
+        done = sum(map(len, units[:start]))
+        if finished:
+            return done
+        step = world.size if in_rounds or any(often) else max(len(units) - start, 1)
+        rounds = [units[i : i + step] for i in range(start, len(units), step)]
+        ends = [a.empty() if o else a for a, o in zip(accumulators, once, strict=True)]
+        mine = [unit for some in rounds for unit in some[world.rank :: world.size]]
+        report = progress if world.is_first else None
+        with capture.hooks(), _Passes(capture, examples, target, mine) as passes:
+            for some in rounds:
+                parts = [a.empty() if o else a for a, o in zip(ends, often, strict=True)]
+                n, ahead = sum(map(len, some)), min(world.size, len(some))
 
-    def load(plan: BatchPlan) -> Any:
-        return examples.batch(plan.indices)
+                def report_batch(own: int, done=done, n=n, ahead=ahead) -> None:
+                    if report is not None:
+                        report(done + min(own * ahead, n), len(plans), note)
 
-    with capture.hooks(), ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(load, plans[start]) if start < len(plans) else None
-        for number in range(start, len(plans)):
-            data = to_device(ahead.result(), capture.device)  # type: ignore[union-attr]
-            if number + 1 < len(plans):
-                ahead = pool.submit(load, plans[number + 1])
-            run_batch(capture, examples, plans[number], data, accumulators, target)
-            done = number + 1
-            if progress is not None:
-                progress(done, len(plans), note)
-            if checkpoint is not None and cadence.due:
-                with cadence.saving():
-                    _save(checkpoint, accumulators, facts | {"done": done, "finished": False})
-            if stop is not None and stop():
-                break
-    if checkpoint is not None:
-        _save(checkpoint, accumulators, facts | {"done": done, "finished": True})
+                parts = passes.run(
+                    some[world.rank :: world.size],
+                    parts,
+                    often,
+                    report_batch,
+                    equal=max(sum(map(len, some[r :: world.size])) for r in range(world.size)),
+                )
+                enough = False
+                if any(often):
+                    for unit in _merged(world, ends, parts, often, some):
+                        done += len(unit)
+                        if enough := stop is not None and stop():
+                            break
+                else:
+                    done += n
+                    enough = stop is not None and stop()
+                state.save_sometimes(facts | {"done": done, "finished": False})
+                if enough:
+                    break
+        if any(once):
+            _gather(world, accumulators, ends, once)
+        state.save(facts | {"done": done, "finished": True})
     return done
+
+
+def _merged(
+    world: World,
+    totals: Sequence[Accumulator],
+    parts: Sequence[Accumulator],
+    chosen: Sequence[bool],
+    units: Sequence[list[BatchPlan]],
+) -> Iterator[list[BatchPlan]]:
+    """Add what each rank gathered of its unit to the totals, one unit after the other."""
+    wanted = [i for i, c in enumerate(chosen) if c]
+    has_unit = world.rank < len(units)
+    own = _tensors([parts[i] for i in wanted]) if has_unit and world.size > 1 else {}
+    for rank, tensors in enumerate(world.each(own if has_unit else None)):
+        if rank >= len(units):
+            continue
+        theirs = [parts[i] for i in wanted]
+        if rank != world.rank:
+            theirs = [totals[i].empty() for i in wanted]
+            _load(theirs, tensors or {})
+        for i, part in zip(wanted, theirs, strict=True):
+            totals[i].merge(part)
+        yield units[rank]
+
+
+def _gather(
+    world: World,
+    totals: Sequence[Accumulator],
+    parts: Sequence[Accumulator],
+    chosen: Sequence[bool],
+) -> None:
+    """Put together rows of examples that the ranks have gathered, each of its own."""
+    pairs = [(t, p) for t, p, c in zip(totals, parts, chosen, strict=True) if c]
+    own = _tensors([part for _, part in pairs])
+    for rank, tensors in enumerate(world.each(own)):
+        for i, (total, part) in enumerate(pairs):
+            other = part
+            if rank != world.rank:
+                other = total.empty()
+                other.load(_under(tensors or {}, f"{i}/"))
+            total.merge(other)
+
+
+class _State:
+    """The state of a sweep on disk, written by the first rank and read for all.
+
+    Args:
+        world: All ranks.
+        checkpoint: Where it is; None for none, and on the other ranks.
+        accumulators: What is gathered.
+        save_every: Least seconds between two saves.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        checkpoint: Checkpoint | None,
+        accumulators: Sequence[Accumulator],
+        save_every: float,
+    ):
+        self.world, self.checkpoint, self.accumulators = world, checkpoint, accumulators
+        self.cadence = Cadence(save_every)
+
+    def resume(self, facts: dict[str, Any], units: Sequence[list[BatchPlan]]) -> tuple[int, bool]:
+        """How many units a checkpoint of the same sweep has done, and whether it is finished."""
+        found = None if self.checkpoint is None else self.checkpoint.load()
+        borders = list(accumulate(map(len, units), initial=0))
+        usable = (
+            found is not None
+            and facts.items() <= found[1].items()
+            and (found[1]["finished"] or found[1]["done"] in borders)
+        )
+        known = [found[1]["done"], found[1]["finished"]] if found and usable else None
+        known, *others = self.world.exchange([known, facts])
+        elsewhere = next((theirs for _, theirs in others if theirs != facts), None)
+        if elsewhere is not None:
+            raise ValueError(
+                f"The ranks are not in the same sweep: this one is in {facts}, another in {elsewhere}. "
+                "All must run the same program on the same data."
+            )
+        known = known[0]
+        if known is None:
+            return 0, False
+        tensors = next(self.world.each(found[0] if found and usable else None))
+        _load(self.accumulators, tensors or {})
+        return borders.index(known[0]), bool(known[1])
+
+    def save_sometimes(self, facts: dict[str, Any]) -> None:
+        """Save if it is time to."""
+        if self.checkpoint is not None and self.cadence.due:
+            with self.cadence.saving():
+                self.save(facts)
+
+    def save(self, facts: dict[str, Any]) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.save(_tensors(self.accumulators), facts)
+
+
+def _tensors(accumulators: Sequence[Accumulator]) -> dict[str, Tensor]:
+    return {f"{i}/{k}": v for i, a in enumerate(accumulators) for k, v in a.tensors().items()}
+
+
+def _load(accumulators: Sequence[Accumulator], tensors: dict[str, Tensor]) -> None:
+    for i, accumulator in enumerate(accumulators):
+        accumulator.load(_under(tensors, f"{i}/"))
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class _Passes:
+    """Runs units of batches, loading ahead, in halves where memory does not suffice.
+
+    Args:
+        capture: The model, with its hooks in place.
+        examples: The data.
+        target: What is differentiated.
+        units: All units that will be run, in their order.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        examples: Examples,
+        target: Target,
+        units: Sequence[list[BatchPlan]],
+    ):
+        self.capture, self.examples, self.target = capture, examples, target
+        plans = [plan for unit in units for plan in unit]
+        self.following = dict(pairwise(plans))
+        self.sharded = is_sharded(capture.model)
+        if isinstance(target, Enumerated):  # as many passes as there are likely labels
+            refuse_sharded(capture.model, "All labels", "draw them with fisher='mc'")
+        self.limit = math.inf  # positions of a batch that memory suffices for
+        self._shrunk: tuple[str, str] | None = None  # what it did not suffice for, and what it does
+        self._running = BatchPlan((), 0)
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: dict[BatchPlan, Future] = {}
+
+    def __enter__(self) -> "_Passes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(
+        self,
+        units: Sequence[list[BatchPlan]],
+        parts: list[Accumulator],
+        fresh: Sequence[bool],
+        report: Callable[[int], None],
+        *,
+        equal: int,
+    ) -> list[Accumulator]:
+        """Run units through accumulators and return these, some of them started again where memory did not suffice.
+
+        Args:
+            units: The units.
+            parts: The accumulators.
+            fresh: Which of them have seen nothing but these units, of which there is then one.
+            report: Called with the number of batches done.
+            equal: As many passes are made where the weights are spread over ranks, which need each other for them.
+        """
+        done = 0
+        for unit in units:
+            while True:
+                try:
+                    for number, plan in enumerate(unit):
+                        self._batch(plan, parts)
+                        report(done + number + 1)
+                    break
+                except Exception as error:
+                    if not is_out_of_memory(error) or self.sharded or not self._halve(error):
+                        raise
+                self.capture.clear()
+                free_memory(self.capture.device)
+                indices = torch.tensor([i for plan in unit for i in plan.indices])
+                parts = [
+                    p.empty() if f else _without(p, indices)
+                    for p, f in zip(parts, fresh, strict=True)
+                ]
+            done += len(unit)
+            self._tell()
+        if self.sharded:
+            for _ in range(equal - done):
+                self._idle()
+        return parts
+
+    def _batch(self, plan: BatchPlan, accumulators: Sequence[Accumulator]) -> None:
+        for piece in self._pieces(plan):
+            self._running = piece
+            data = to_device(self._loaded(piece), self.capture.device)
+            run_batch(self.capture, self.examples, piece, data, accumulators, self.target)
+
+    def _loaded(self, plan: BatchPlan) -> Any:
+        """A batch, while the next one is on its way."""
+        found = self._ahead.pop(plan, None)
+        found = found or self._pool.submit(self.examples.batch, plan.indices)
+        after = self.following.get(plan)
+        if after is not None and after not in self._ahead:
+            self._ahead[after] = self._pool.submit(self.examples.batch, after.indices)
+        return found.result()
+
+    def _pieces(self, plan: BatchPlan) -> list[BatchPlan]:
+        """A batch in parts that memory suffices for."""
+        n = max(1, int(min(self.limit / self._width(plan), len(plan.indices))))
+        cuts = range(0, len(plan.indices), n)
+        return [BatchPlan(plan.indices[i : i + n], plan.fold) for i in cuts]
+
+    def _width(self, plan: BatchPlan) -> int:
+        lengths = self.examples.lengths
+        return 1 if lengths is None else max(1, max(lengths[i] for i in plan.indices))
+
+    def _halve(self, error: Exception) -> bool:
+        """Allow half of the batch that did not fit; false where it was a single example."""
+        plan, n = self._running, len(self._running.indices)
+        if n == 1:
+            name = self.examples.ids[plan.indices[0]]
+            error.add_note(f"Even example {name!r} alone does not fit into memory.")
+            return False
+        first = self._shrunk[0] if self._shrunk else self._described(plan, n)
+        self.limit = n // 2 * self._width(plan)
+        self._shrunk = first, self._described(plan, n // 2)
+        return True
+
+    def _tell(self) -> None:
+        """Say once which size works."""
+        if self._shrunk:
+            (failed, works), self._shrunk = self._shrunk, None
+            warnings.warn(
+                f"Out of memory with a batch of {failed}; the sweep goes on with at most {works}. "
+                "Results differ by rounding only.",
+                stacklevel=4,
+            )
+
+    def _described(self, plan: BatchPlan, n: int) -> str:
+        width = "" if self.examples.lengths is None else f" ({n * self._width(plan):,} tokens)"
+        return f"{n:,} example{'s' * (n > 1)}{width}"
+
+    def _idle(self) -> None:
+        """A pass for the sake of the other ranks, which need this one's share of the weights."""
+        plan = BatchPlan((0,), 0)
+        data = to_device(self.examples.batch(plan.indices), self.capture.device)
+        run_batch(self.capture, self.examples, plan, data, [], self.target)
+
+
+def _without(accumulator: Accumulator, indices: Tensor) -> Accumulator:
+    if not accumulator.forget(indices):
+        raise MemoryError(
+            f"Out of memory, and {type(accumulator).__name__} cannot take back half a batch; choose smaller batches."
+        )
+    return accumulator
 
 
 def run_batch(
@@ -615,25 +953,3 @@ def run_batch(
                 accumulator.end_batch(info)
     except LabelError as error:  # found on the batch itself, before its rows are spread
         raise error.named(repr(examples.ids[plan.indices[error.row]])) from None
-
-
-def _resume(
-    checkpoint: Checkpoint | None, accumulators: Sequence[Accumulator], facts: dict[str, Any]
-) -> tuple[int, bool]:
-    """How many batches a checkpoint of the same sweep has done, and whether it is finished."""
-    found = None if checkpoint is None else checkpoint.load()
-    if found is None or not facts.items() <= found[1].items():
-        return 0, False
-    tensors, state = found
-    for i, accumulator in enumerate(accumulators):
-        prefix = f"{i}/"
-        accumulator.load({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-    return int(state["done"]), bool(state["finished"])
-
-
-def _save(
-    checkpoint: Checkpoint, accumulators: Sequence[Accumulator], facts: dict[str, Any]
-) -> None:
-    checkpoint.save(
-        {f"{i}/{k}": v for i, a in enumerate(accumulators) for k, v in a.tensors().items()}, facts
-    )

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from headwater.core.sharding import whole
+
 DIGEST_BYTES = 32
 _CHUNK_BYTES = 1 << 24
 _NOT_FINITE = [{"$float": text} for text in ("nan", "inf", "-inf")]
@@ -56,7 +58,7 @@ def fingerprint_model(model: nn.Module) -> str:
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):
             if id(value) not in known:
-                known[id(value)] = _digest(value)
+                known[id(value)] = _digest(whole(value))
             digests[name] = known[id(value)]
         else:
             digests[name] = _digest_state(name, value)

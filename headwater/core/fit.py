@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from headwater.core.curvature import (
 )
 from headwater.core.curvature.choice import choose_curvature
 from headwater.core.damping import Damping, evidence, parse_damping
+from headwater.core.distributed import current
 from headwater.core.doctor import check_classes, check_loss
 from headwater.core.examples import Examples, as_examples, to_device
 from headwater.core.files import ArtifactMismatch, ArtifactMissing
@@ -31,6 +32,7 @@ from headwater.core.fingerprint import fingerprint_json, fingerprint_model
 from headwater.core.follow import Followed, follow
 from headwater.core.layers import Layer, Use
 from headwater.core.locks import FolderLock
+from headwater.core.sharding import whole
 from headwater.core.store import Artifact, ArtifactWriter
 from headwater.core.task import Task
 
@@ -244,6 +246,9 @@ def fit(
 ) -> Fit:
     """Fit the curvature of a model over its training data.
 
+    Inside a process group (`torchrun`) the ranks share the work, every rank returns the whole fit, and the first one
+    writes the folder, which all must see.
+
     Args:
         model: The trained model.
         train: Its training data: Examples, a tuple of tensors, or a map-style dataset.
@@ -275,7 +280,7 @@ def fit(
         >>> len(fit(model, data, Classification(), curvature="ekfac").followed)
         1
     """
-    examples = as_examples(train)
+    world, examples = current(), as_examples(train)
     device = next(model.parameters()).device
     probe = to_device(examples.batch(range(min(2, len(examples)))), device)
     if check:
@@ -294,6 +299,12 @@ def fit(
         "data": examples.fingerprint(),
         "task": task.name,
     }
+    others = world.exchange(made_from)
+    if differ := [k for k in made_from if any(other[k] != made_from[k] for other in others)]:
+        raise ValueError(
+            f"The ranks have different inputs: {', '.join(differ)}. Every rank must load the same model and the same "
+            "data, with the same seeds."
+        )
     record = {
         "weight_decay": weight_decay,
         "adaptive": adaptive,
@@ -305,19 +316,24 @@ def fit(
     if folder is None:
         return _fit(*inputs, *limits)
     place = Path(folder)
-    if _finished(place, made_from, options | record):
+    if world.agreed(lambda: _finished(place, made_from, options | record)):
         return load(place, model, examples, task)
     unfinished = place.with_name(f".{place.name}.unfinished")
-    with FolderLock(unfinished):
-        work = unfinished / fingerprint_json([made_from, options, batch_size, batch_tokens])[:16]
+    work = unfinished / fingerprint_json([made_from, options, batch_size, batch_tokens])[:16]
+    with world.failing_together(), ExitStack() as stack:
+        if world.is_first:
+            stack.enter_context(FolderLock(unfinished))
         made = _fit(*inputs, *limits, work)
-        made.save(place)
-        for stage in work.glob("*"):
-            Checkpoint(stage).clear()
-        with suppress(OSError):
-            work.rmdir()
-    with suppress(OSError):  # other unfinished fits may be in there
-        unfinished.rmdir()
+        if world.is_first:
+            made.save(place)
+            for stage in work.glob("*"):
+                Checkpoint(stage).clear()
+            with suppress(OSError):
+                work.rmdir()
+        world.exchange()  # nobody reads what is not whole yet
+    if world.is_first:
+        with suppress(OSError):  # other unfinished fits may be in there
+            unfinished.rmdir()
     return made
 
 
@@ -439,4 +455,4 @@ def moved(fit: Fit) -> float:
         return float(fit.facts["distance"])
     named = dict(fit.model.named_parameters(remove_duplicate=False))
     names = {n for layer in fit.followed for n in layer.parameters if n in named}
-    return sum(float(named[n].detach().double().square().sum()) for n in names)
+    return sum(float(whole(named[n].detach()).double().square().sum()) for n in sorted(names))

@@ -20,6 +20,7 @@ from headwater.core.capture import (
 )
 from headwater.core.examples import take
 from headwater.core.layers import FUNCTIONAL, Layer, Use, matrix_shape, module_kind
+from headwater.core.sharding import is_sharded, refuse_sharded, reshard, whole
 from headwater.core.target import Loss
 
 Member = tuple[str, nn.Module]
@@ -93,6 +94,7 @@ def follow(
     patterns = [layers] if isinstance(layers, str) else list(layers)
     skip = [skip] if isinstance(skip, str) else list(skip)
     read, batch = _probe(model, task, batch)
+    reshard(model)
     builder = _Builder(model, patterns, skip, max_side, read)
     builder.matrices()
     builder.biases()
@@ -100,6 +102,9 @@ def follow(
     found = builder.layers
     if prove and found:
         found = _Proof(model, task, batch, found)(builder)
+    if alone := [x.name for x in found if x.kind == FUNCTIONAL]:
+        what = f"Gradients of single parameters ({', '.join(alone[:3])})"
+        refuse_sharded(model, what, "leave these out with skip")
     if not found:
         named = ", ".join(sorted({n for n, _ in model.named_parameters()})[:8])
         why = "; ".join(sorted({x.why for x in builder.left_out})[:3])
@@ -293,6 +298,8 @@ class _Proof:
 
     def __init__(self, model: nn.Module, task: Any, batch: Any, layers: Sequence[Layer]):
         self.model, self.task, self.batch, self.layers = model, task, batch, layers
+        reshard(model)
+        self.sharded = list(model.parameters()) if is_sharded(model) else []
         named = dict(model.named_parameters(remove_duplicate=False))
         wanted = [n for x in layers for n in x.parameters]
         self.parameters = {n: named[n] for n in wanted if n in named and _is_real(named[n])}
@@ -312,9 +319,7 @@ class _Proof:
                 losses = self.task.loss(self.model, self.batch)
                 self.n = losses.numel()
                 total = (losses.flatten() * self._weights(self.n, losses)).sum()
-                found = torch.autograd.grad(
-                    total, list(self.parameters.values()), allow_unused=True
-                )
+                found = _gradients(total, list(self.parameters.values()), self.sharded)
         finally:
             for p in frozen:
                 p.requires_grad_(False)
@@ -384,6 +389,23 @@ class _Proof:
         tolerance = 5e-2 if coarsest_dtype(self.model).itemsize <= 2 else 1e-3
         bound = tolerance * max(products, size) ** 0.5 + torch.finfo(g.dtype).eps * self.norm
         return gap**0.5 <= bound
+
+
+def _gradients(
+    total: Tensor, parameters: list[nn.Parameter], sharded: list[nn.Parameter]
+) -> Sequence[Tensor | None]:
+    """Autograd's gradients; of weights that are spread over ranks they come by `backward` alone."""
+    if not sharded:
+        return torch.autograd.grad(total, parameters, allow_unused=True)
+    before = {p: p.grad for p in sharded}
+    for p in before:
+        p.grad = None
+    try:
+        total.backward()  # every rank has the same batch, so the mean over ranks is the gradient
+        return [None if p.grad is None else whole(p.grad) for p in parameters]
+    finally:
+        for p, grad in before.items():
+            p.grad = grad
 
 
 def coarsest_dtype(model: nn.Module) -> torch.dtype:

@@ -19,6 +19,7 @@ from headwater.core.follow import evaluation_mode
 from headwater.core.gradients import Gradients, dense
 from headwater.core.layers import Layer
 from headwater.core.prediction import Prediction
+from headwater.core.sharding import refuse_sharded
 from headwater.core.task import Task
 
 
@@ -53,6 +54,9 @@ class GaussNewtonProduct:
         *,
         at_once: int = 16,
     ):
+        refuse_sharded(
+            capture.model, "Products with the exact matrix", "pass cg_steps=0, or load it whole"
+        )
         self.capture, self.examples, self.batches, self.at_once = (
             capture,
             examples,

@@ -6,13 +6,14 @@ queries and combinations of other gradients have the same form.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headwater.core.capture import Accumulator, Rows
+from headwater.core.capture import Accumulator, Kept, Rows
 from headwater.core.layers import Layer
 from headwater.numerics import kronecker
 
@@ -244,6 +245,8 @@ class CollectGradients(Accumulator):
     Each is kept dense or factored, whichever is smaller, in float32 at least.
     """
 
+    kept: ClassVar[Kept] = "rows"
+
     def __init__(self, layers: Iterable[Layer], *, factored: bool = True):
         self._parts: dict[str, list[Block]] = {layer.name: [] for layer in layers}
         self._indices: list[Tensor] = []
@@ -263,6 +266,13 @@ class CollectGradients(Accumulator):
     def end_batch(self, batch) -> None:
         self._indices.append(batch.indices)
         self._folds.append(torch.full_like(batch.indices, batch.fold))
+
+    def forget(self, indices: Tensor) -> bool:
+        keep = [k for k, i in enumerate(self._indices) if not bool(torch.isin(i, indices).any())]
+        for name, parts in self._parts.items():  # of an unfinished batch some layers have one more
+            self._parts[name] = [parts[k] for k in keep]
+        self._indices, self._folds = ([x[k] for k in keep] for x in (self._indices, self._folds))
+        return True
 
     def merge(self, other: "CollectGradients") -> None:
         for name, parts in other._parts.items():

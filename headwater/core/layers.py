@@ -153,7 +153,8 @@ def _embedding_read(module: Any, x: Tensor, batch: int, bias: bool) -> Tensor:
     """One-hot tokens; PyTorch gives the row of `padding_idx` no gradient."""
     tokens = x.reshape(batch, -1, 1).long()
     padding = -1 if module.padding_idx is None else module.padding_idx
-    onehot = module.weight.new_zeros(batch, tokens.shape[1], module.num_embeddings)
+    shape, dtype = (batch, tokens.shape[1], module.num_embeddings), module.weight.dtype
+    onehot = torch.zeros(shape, dtype=dtype, device=x.device)
     return onehot.scatter_(2, tokens, (tokens != padding).to(onehot))
 
 

@@ -11,12 +11,21 @@ The matrices are random and made again from their seed, or orthonormal ones such
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwater.core.capture import Accumulator, BatchPlan, Capture, Progress, Rows, sweep
+from headwater.core.capture import (
+    Accumulator,
+    BatchPlan,
+    Capture,
+    Kept,
+    Progress,
+    Rows,
+    sweep,
+)
 from headwater.core.examples import Examples
 from headwater.core.gradients import Block, Factored, Gradients
 from headwater.core.layers import Layer
@@ -189,6 +198,8 @@ class ProjectGradients(Accumulator):
         transform: Applied to a layer's gradients before they are projected.
     """
 
+    kept: ClassVar[Kept] = "rows"
+
     def __init__(
         self,
         layers: Iterable[Layer],
@@ -219,6 +230,12 @@ class ProjectGradients(Accumulator):
 
     def end_batch(self, batch) -> None:
         self.projection.clear()
+
+    def forget(self, indices: Tensor) -> bool:
+        self.projection.clear()
+        for rows in self._rows.values():
+            rows[indices] = 0
+        return True
 
     def merge(self, other: "ProjectGradients") -> None:
         for name, rows in other._rows.items():

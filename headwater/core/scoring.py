@@ -3,12 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Iterable
 from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headwater.core.capture import Accumulator, BatchInfo, Rows
+from headwater.core.capture import Accumulator, BatchInfo, Kept, Rows
 from headwater.core.curvature.base import Preconditioned
 from headwater.core.curvature.moments import Basis, SharedRotation, rotates_first
 from headwater.core.curvature.prepared import in_basis
@@ -45,6 +46,11 @@ class _Products(Accumulator):
             _check_finite(scores, batch)
             self._store(scores, batch.indices)
 
+    def abandon(self) -> None:
+        """Forget the parts of an unfinished batch."""
+        self._batch = None
+        self.queries.finish_batch()
+
     @abstractmethod
     def _store(self, scores: Float[Tensor, "query row"], index: Tensor) -> None:
         """Take the products of a batch; `index` names the examples."""
@@ -77,6 +83,8 @@ class PairScores(_Products):
         by_layer: Names of layers whose part is kept as well, (query, train) each.
     """
 
+    kept: ClassVar[Kept] = "rows"
+
     def __init__(self, queries: Preconditioned, n: int, *, by_layer: Iterable[str] = ()):
         super().__init__(queries, by_layer)
         self.scores = torch.zeros(queries.n, n, dtype=torch.float64)
@@ -87,6 +95,12 @@ class PairScores(_Products):
 
     def _store_layer(self, name: str, part: Tensor, index: Tensor) -> None:
         self.by_layer[name][:, index] = part.float()
+
+    def forget(self, indices: Tensor) -> bool:
+        self.abandon()
+        for scores in (self.scores, *self.by_layer.values()):
+            scores[:, indices] = 0
+        return True
 
     def merge(self, other: "PairScores") -> None:
         self.scores += other.scores
@@ -187,6 +201,8 @@ class ReplicateScores(Accumulator):
         n: Number of training examples.
     """
 
+    kept: ClassVar[Kept] = "rows"
+
     def __init__(
         self, queries: Gradients, bases: dict[str, Basis], factors: dict[str, Tensor], n: int
     ):
@@ -206,6 +222,11 @@ class ReplicateScores(Accumulator):
 
     def end_batch(self, batch: BatchInfo) -> None:
         self._shared.clear()
+
+    def forget(self, indices: Tensor) -> bool:
+        self._shared.clear()
+        self.scores[..., indices] = 0
+        return True
 
     def merge(self, other: "ReplicateScores") -> None:
         self.scores += other.scores
@@ -232,6 +253,8 @@ class TokenScores(Accumulator):
         width: Most positions of any example.
     """
 
+    kept: ClassVar[Kept] = "rows"
+
     def __init__(self, queries: Preconditioned, n: int, width: int):
         self.queries = queries.dense()
         self.scores = torch.zeros(queries.n, n, width)
@@ -248,6 +271,11 @@ class TokenScores(Accumulator):
         for q, matrix in enumerate(whole):
             part = ((a @ matrix.mT) * g).sum(-1)
             self.scores[q, index, : rows.pos] += part.float().cpu()
+
+    def forget(self, indices: Tensor) -> bool:
+        self.scores[:, indices] = 0
+        self.elsewhere[:, indices] = 0
+        return True
 
     def merge(self, other: "TokenScores") -> None:
         self.scores += other.scores
@@ -271,6 +299,8 @@ class SelfScores(Accumulator):
         factors: f of the eigenvalues, (out, in) for each layer.
         n: Number of training examples.
     """
+
+    kept: ClassVar[Kept] = "rows"
 
     def __init__(self, bases: dict[str, Basis], factors: dict[str, Tensor], n: int):
         self.bases, self.factors = bases, factors
@@ -303,6 +333,11 @@ class SelfScores(Accumulator):
     def end_batch(self, batch: BatchInfo) -> None:
         self._shared.clear()
 
+    def forget(self, indices: Tensor) -> bool:
+        self._shared.clear()
+        self.scores[indices] = 0
+        return True
+
     def merge(self, other: "SelfScores") -> None:
         self.scores += other.scores
 
@@ -328,12 +363,18 @@ def _weighted_squares(
 class Norms(Accumulator):
     """Squared norms of the examples' gradients over all layers."""
 
+    kept: ClassVar[Kept] = "rows"
+
     def __init__(self, n: int):
         self.squares = torch.zeros(n, dtype=torch.float64)
 
     def update(self, rows: Rows) -> None:
         part = squared_norms(Factored(rows.a, rows.g)).double().cpu()
         self.squares.index_add_(0, rows.batch.indices, part)
+
+    def forget(self, indices: Tensor) -> bool:
+        self.squares[indices] = 0
+        return True
 
     def merge(self, other: "Norms") -> None:
         self.squares += other.squares

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwater.core.capture import Accumulator, Capture, Precision, Progress, sweep
+from headwater.core.capture import Accumulator, Capture, Kept, Precision, Progress, sweep
 from headwater.core.cost import available_memory_bytes
 from headwater.core.curvature import Curvature, Layerwise, Preconditioned
 from headwater.core.damping import Damping, Inverse, mean_of
@@ -428,6 +428,8 @@ def _replicate_scores(
 class _SelfThrough(Accumulator):
     """Quadratic forms of whole gradients, a batch at a time, for curvature that is not layerwise."""
 
+    kept: ClassVar[Kept] = "rows"
+
     def __init__(self, curvature: Curvature, function: Inverse, n: int, capture: Capture):
         self.curvature, self.function, self.layers = curvature, function, capture.layers
         self.scores = torch.zeros(n, dtype=torch.float64)
@@ -441,6 +443,11 @@ class _SelfThrough(Accumulator):
         gradients, indices, _ = self._batch.finish()
         self.scores[indices] = self.curvature.quadratic(gradients, self.function).cpu()
         self._batch = CollectGradients(self.layers.values())
+
+    def forget(self, indices: Tensor) -> bool:
+        self._batch = CollectGradients(self.layers.values())
+        self.scores[indices] = 0
+        return True
 
     def merge(self, other: "_SelfThrough") -> None:
         self.scores += other.scores

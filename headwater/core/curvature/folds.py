@@ -34,6 +34,9 @@ class ByFold(Accumulator):
     def __init__(self, members: Sequence[Member]):
         self.members = list(members)
 
+    def empty(self) -> "ByFold":
+        return ByFold([replace(m, accumulator=m.accumulator.empty()) for m in self.members])
+
     def update(self, rows: Rows) -> None:
         whole = replace(rows, batch=replace(rows.batch, fold=0))
         for member in self.members:

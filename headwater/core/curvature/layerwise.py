@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from headwater.core.capture import Precision, sweep
+from headwater.core.capture import BatchPlan, Precision, sweep, units_of
 from headwater.core.curvature.base import (
     Curvature,
     CurvatureMethod,
@@ -25,6 +25,7 @@ from headwater.core.curvature.folds import ByFold, EigenvaluesByFold, MomentsByF
 from headwater.core.curvature.moments import Basis, EigenvalueSums, LostTrace, SecondMoments
 from headwater.core.curvature.prepared import InEigenbasis, in_basis
 from headwater.core.damping import mean_of
+from headwater.core.distributed import current, spread_out
 from headwater.core.gradients import Gradients, dense
 from headwater.core.layers import Layer
 from headwater.core.target import Fisher, fisher_target
@@ -198,9 +199,7 @@ class _Sampled(CurvatureMethod):
                 "A mean curvature over several weights uses all data with each; pass tolerance=None."
             )
         if tolerance is not None:
-            # batches are sorted by length: mix them, so that a part is like the whole
-            generator = torch.Generator().manual_seed(seed)
-            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+            batches = _mixed(batches, seed)
 
         def enough() -> bool:
             return tolerance is not None and accumulator.relative_error() < tolerance
@@ -219,6 +218,15 @@ class _Sampled(CurvatureMethod):
                 stop=enough,
             )
         return lost
+
+
+def _mixed(batches: list[BatchPlan], seed: int) -> list[BatchPlan]:
+    """Batches are sorted by length: in an order of chance a part is like the whole, in units of one fold as before."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+    units = units_of(sorted(drawn, key=lambda batch: batch.fold))
+    order = torch.randperm(len(units), generator=generator).tolist()
+    return [batch for i in order for batch in units[i]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,16 +346,22 @@ def eigenbases(
     """Eigenvalues of every factor, and the bases (Q_A, Q_G) of every layer, in the factors' own precision.
 
     Without `values` the factors are decomposed in their own precision, in half the time of float64: EK-FAC measures
-    its eigenvalues in whatever orthonormal basis it is given.
+    its eigenvalues in whatever orthonormal basis it is given. The ranks of a process group share the work, by its cost.
     """
-    found: dict[str, Tensor] = {}
-    vectors: dict[str, Tensor | None] = {}
-    for name, moment in moments.finish().items():
-        if moments.is_full(name):
-            found[name], basis = spectral.eigh(moment, dtype=torch.float64 if values else None)
-            vectors[name] = basis.to(moment)
-        else:  # a long side keeps its diagonal: its basis is the identity
-            found[name], vectors[name] = moment, None
+    world, factors = current(), moments.finish()
+    full = [name for name in factors if moments.is_full(name)]
+    costs = [factors[name].numel() * float(factors[name].shape[-1]) for name in full]
+    own: dict[str, Tensor] = {}
+    with world.failing_together():
+        for name, rank in zip(full, spread_out(costs, world.size), strict=True):
+            if rank == world.rank:
+                D, Q = spectral.eigh(factors[name], dtype=torch.float64 if values else None)
+                # in one layout: products with another one round differently
+                own |= {f"D:{name}": D, f"Q:{name}": Q.to(factors[name]).contiguous()}
+        every = world.union(own)
+    # a long side keeps its diagonal: its basis is the identity
+    found = {name: every.get(f"D:{name}", factor) for name, factor in factors.items()}
+    vectors = {name: every.get(f"Q:{name}") for name in factors}
     bases = {
         name: (vectors[f"A:{layer.input_group}"], vectors[f"G:{name}"])
         for name, layer in moments.layers.items()

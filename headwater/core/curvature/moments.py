@@ -116,7 +116,10 @@ class SecondMoments(Accumulator):
     def merge(self, other: "SecondMoments") -> None:
         for name, moment in other.sums.items():
             mine = name in self.sums
-            self.sums[name] = self.sums[name] + moment if mine else moment.clone()
+            if mine:
+                self.sums[name] = self.sums[name].to(moment.device).add_(moment)
+            else:
+                self.sums[name] = moment.clone()
             self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
             self._spread[name] = (
                 self._spread[name] + other._spread[name] if mine else other._spread[name]
@@ -216,20 +219,38 @@ class EigenvalueSums(Accumulator):
         self.bases, self.folds = bases, folds
         self.sums: dict[str, Tensor] = {}
         self.n_examples = torch.zeros(folds, dtype=torch.float64)
+        self._held = list(range(folds))  # the folds that `sums` has room for
         self._shared = SharedRotation()
 
+    def empty(self) -> "EigenvalueSums":
+        """Another one, with room for the folds that it will see."""
+        new = EigenvalueSums(self.layers.values(), self.bases, folds=self.folds)
+        new._held = []
+        return new
+
+    def _place(self, fold: int) -> int:
+        """Where a fold's sums are."""
+        if fold not in self._held:
+            self._held.append(fold)
+            for name, sums in self.sums.items():
+                self.sums[name] = torch.cat([sums, sums.new_zeros(1, *sums.shape[1:])])
+        return self._held.index(fold)
+
     def update(self, rows: Rows) -> None:
-        name, fold, weights = rows.layer.name, rows.batch.fold, rows.batch.weights
+        name, place, weights = rows.layer.name, self._place(rows.batch.fold), rows.batch.weights
         a, g = rows.a, rows.g
         Q_A, Q_G = (None if q is None else q.to(a) for q in self.bases[name])
         if rotates_first(rows):
             a, g, Q_A, Q_G = self._shared(a, Q_A), kronecker.rotate(g, Q_G), None, None
         square = kronecker.squared_sum(a, g, Q_A, Q_G, None if weights is None else weights.to(a))
+        self._add(name, place, square)
+
+    def _add(self, name: str, place: int, square: Tensor) -> None:
         if name not in self.sums:
             wide = torch.promote_types(square.dtype, torch.float32)
-            self.sums[name] = square.new_zeros(self.folds, *square.shape, dtype=wide)
+            self.sums[name] = square.new_zeros(len(self._held), *square.shape, dtype=wide)
         self.sums[name] = self.sums[name].to(square.device)
-        self.sums[name][fold] += square
+        self.sums[name][place] += square
 
     def end_batch(self, batch: BatchInfo) -> None:
         self._shared.clear()
@@ -250,8 +271,10 @@ class EigenvalueSums(Accumulator):
         return worst
 
     def merge(self, other: "EigenvalueSums") -> None:
-        for name, sums in other.sums.items():
-            self.sums[name] = self.sums[name] + sums if name in self.sums else sums.clone()
+        for fold in other._held:
+            place, theirs = self._place(fold), other._place(fold)
+            for name, sums in other.sums.items():
+                self._add(name, place, sums[theirs])
         self.n_examples += other.n_examples
 
     def finish(self) -> dict[str, Tensor]:
@@ -259,10 +282,12 @@ class EigenvalueSums(Accumulator):
         return self.sums
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"s:{k}": v for k, v in self.sums.items()} | {"n_examples": self.n_examples}
+        held = torch.tensor(self._held, dtype=torch.int64)
+        state = {"n_examples": self.n_examples, "held": held}
+        return state | {f"s:{k}": v for k, v in self.sums.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.n_examples = tensors["n_examples"]
+        self.n_examples, self._held = tensors["n_examples"], tensors["held"].tolist()
         self.sums = {k[2:]: v for k, v in tensors.items() if k.startswith("s:")}
 
 
@@ -280,29 +305,33 @@ class LostTrace(Accumulator):
     """
 
     def __init__(self, target: Target):
-        self.batches: list[tuple[float, float]] = getattr(target, "lost", [])
-        self._before = torch.zeros(2, dtype=torch.float64)
+        self.target = target
+        self._pending: list[tuple[float, float]] = getattr(target, "lost", [])
+        self._total = torch.zeros(2, dtype=torch.float64)
+
+    def empty(self) -> "LostTrace":
+        self._pending.clear()  # of a batch that was not finished
+        return LostTrace(self.target)
 
     def update(self, rows: Rows) -> None:
         """The target gathers what is lost itself."""
 
+    def end_batch(self, batch: BatchInfo) -> None:
+        for share, trace in self._pending:
+            self._total += torch.tensor([share * trace, trace], dtype=torch.float64)
+        self._pending.clear()
+
     def merge(self, other: "LostTrace") -> None:
-        self._before += other.tensors()["lost"]
+        self._total += other._total
 
     @property
     def share(self) -> float | None:
         """Share of the trace of the outputs' Fisher information that was dropped; None where all was drawn."""
-        lost, weight = self.tensors()["lost"].tolist()
+        lost, weight = self._total.tolist()
         return lost / weight if weight > 0 else None
 
     def tensors(self) -> dict[str, Tensor]:
-        lost, weight = self._before.tolist()
-        for (
-            share,
-            trace,
-        ) in self.batches:  # one after the other, so that a resumed sum has the same bits
-            lost, weight = lost + share * trace, weight + trace
-        return {"lost": torch.tensor([lost, weight], dtype=torch.float64)}
+        return {"lost": self._total}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self._before = tensors["lost"]
+        self._total = tensors["lost"]

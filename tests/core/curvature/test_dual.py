@@ -228,7 +228,7 @@ def test_too_many_rows_are_refused_with_remedies():
 def test_rows_whose_gram_matrix_does_not_fit_are_refused_with_a_remedy(monkeypatch):
     monkeypatch.setattr(dual, "available_memory_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match=r"rows so far.*0\.0 GB are free\. Raise `cut`.*EKFAC"):
-        shared("mlp").fitted(Dual(cut=0.0))
+        shared("mlp").fitted(Dual(cut=0.0, max_rows=12_345))
 
 
 def test_comes_back_from_its_tensors():

@@ -233,12 +233,14 @@ def test_half_precision_is_summed_in_single():
 
 
 def test_lost_trace_survives_an_interruption():
-    first, second = Enumerated(0.1), Enumerated(0.1)
+    first, second, info = Enumerated(0.1), Enumerated(0.1), BatchInfo(torch.arange(1))
     before = LostTrace(first)
     first.lost.append((0.5, 2))
+    before.end_batch(info)
     after = LostTrace(second)
     after.load(before.tensors())
     second.lost.append((0.0, 6))
+    after.end_batch(info)
     assert after.share == pytest.approx(1 / 8)
     after.merge(before)
     assert after.share == pytest.approx(2 / 10)
