@@ -205,7 +205,7 @@ class Scores:
             for name in _TENSORS:
                 if getattr(self, name) is not None:
                     writer.tensor(name, getattr(self, name))
-            columns = dict(_to_column(k, v) for k, v in self.metadata.items())
+            columns = dict(to_column(k, v) for k, v in self.metadata.items())
             writer.table("train", {"id": self.train_ids} | columns)
 
     @classmethod
@@ -214,7 +214,7 @@ class Scores:
         artifact = Artifact.open(folder, kind="scores")
         tensors = {n: artifact.tensor(n) for n in _TENSORS if n in artifact.tensor_names}
         columns = artifact.table("train").to_pydict()
-        metadata = dict(_from_column(k, v) for k, v in columns.items() if k != "id")
+        metadata = dict(from_column(k, v) for k, v in columns.items() if k != "id")
         facts = dict(artifact.facts)
         if totals := facts.pop("totals", None):
             ends = {k: torch.tensor(totals[k]) for k in ("raised", "lowered")}
@@ -262,7 +262,7 @@ class Scores:
         return "\n".join(lines)
 
 
-def _to_column(name: str, values: list) -> tuple[str, list]:
+def to_column(name: str, values: list) -> tuple[str, list]:
     """A column of metadata as tables have it: of one type; values of several types, and nested ones, as JSON."""
     kinds = {type(v) for v in values if v is not None}
     if len(kinds) <= 1 and not kinds & {dict, list, tuple}:
@@ -270,8 +270,8 @@ def _to_column(name: str, values: list) -> tuple[str, list]:
     return f"json:{name}", [json.dumps(v, default=str) for v in values]
 
 
-def _from_column(name: str, values: list) -> tuple[str, list]:
-    """Inverse of `_to_column`."""
+def from_column(name: str, values: list) -> tuple[str, list]:
+    """Inverse of `to_column`."""
     kind, _, name = name.partition(":")
     return name, [json.loads(v) for v in values] if kind == "json" else values
 

@@ -1,0 +1,479 @@
+r"""What a row of the index is: the coordinates in which an inner product of two rows is an influence.
+
+**Whitened.** In the eigenbasis of a layerwise curvature the damped inverse is diagonal, so with $S = (\Lambda +
+\rho)^{-1/2}$ and $\varphi(G) = S \circ (Q_G^\top G\, Q_A)$
+
+$$\nabla_q^\top (C + \rho I)^{-1} \nabla_n = \langle \varphi(\nabla_q), \varphi(\nabla_n) \rangle .$$
+
+Of each side a few columns are kept. A whitened coordinate of the training gradients has the second moment
+$\lambda / (\lambda + \rho)$ (Choe et al. 2024, arXiv:2405.13954, lemma 1), so the columns are those whose coordinates
+carry most of the sum of it: large eigenvalues count as one each, those far below the damping as nothing.
+
+**LoGra.** Both sides are projected at random, or onto leading eigenvectors, and the curvature is the dense second
+moment of the projected gradients themselves, $F = \frac1N \sum_n p_n p_n^\top$ for each layer: no Kronecker form is
+assumed, and no curvature has to be fitted. Rows are kept as they are and queries are multiplied by $(F + \rho I)^{-1}$.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headwater.core.curvature import Layerwise
+from headwater.core.damping import Damping, mean_of, parse_damping
+from headwater.core.files import ArtifactMismatch
+from headwater.core.fingerprint import fingerprint_json, fingerprint_tensors
+from headwater.core.fit import Fit
+from headwater.core.gradients import Block, Factored
+from headwater.core.layers import Layer
+from headwater.core.projection import Projection, Sides, TwoSided
+from headwater.numerics import kronecker
+from headwater.numerics.projection import Kind
+
+Choice = Literal["influence", "eigenvalue"]
+
+
+def effective(eigenvalues: Float[Tensor, "*block"], damping: float) -> Float[Tensor, "*block"]:
+    r"""$\lambda / (\lambda + \rho)$: how much of an influence a coordinate carries on average.
+
+    Example:
+        >>> effective(torch.tensor([9.0, 1.0, 0.0]), 1.0).tolist()
+        [0.8999999761581421, 0.5, 0.0]
+    """
+    return eigenvalues / (eigenvalues + damping)
+
+
+def best_rectangle(
+    weight: Float[Tensor, "out in"], k_out: int, k_in: int, *, rounds: int = 10
+) -> tuple[Int[Tensor, " k_out"], Int[Tensor, " k_in"]]:
+    """Rows and columns that together hold as much of a matrix of weights as possible, the heaviest first.
+
+    Each side in turn takes its best given the other, until neither changes.
+
+    Example:
+        >>> best_rectangle(torch.tensor([[1.0, 0.0, 5.0], [0.0, 2.0, 0.0], [2.0, 0.0, 6.0]]), 2, 2)
+        (tensor([2, 0]), tensor([2, 0]))
+    """
+    weight = weight.double()
+    rows = torch.arange(weight.shape[0])
+    columns = torch.arange(weight.shape[1])
+    for _ in range(rounds):
+        before = rows, columns
+        columns = weight[rows].sum(0).topk(min(k_in, weight.shape[1])).indices
+        rows = weight[:, columns].sum(1).topk(min(k_out, weight.shape[0])).indices
+        if all(torch.equal(a, b) for a, b in zip(before, (rows, columns), strict=True)):
+            break
+    return rows, columns
+
+
+class Space(Projection):
+    """The coordinates of an index, all layers side by side in one row.
+
+    Args:
+        layers: The followed layers, in the order of the row.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, layers: list[Layer]):
+        self.layers = layers
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Numbers of each layer in a row."""
+        return {layer.name: self.width(layer) for layer in self.layers}
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a row."""
+        return sum(self.widths.values())
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """What the index writes down to make the space again, with its fingerprint."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of everything that the coordinates depend on beside the model's gradients."""
+        return self.record()["fingerprint"]
+
+
+class WhitenedSpace(Space):
+    """Coordinates in a curvature's eigenbasis, scaled by the damped inverse root.
+
+    Args:
+        layers: The followed layers.
+        curvature: Gives bases and eigenvalues.
+        damping: Added to the eigenvalues.
+        columns: (out, in) of each layer: numbers of the kept columns (groups, kept) on each side, None for all.
+    """
+
+    kind: ClassVar[str] = "whitened"
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        curvature: Layerwise,
+        damping: Damping,
+        columns: Mapping[str, tuple[Tensor | None, Tensor | None]],
+    ):
+        super().__init__(layers)
+        self.damping, self.columns = damping, dict(columns)
+        self._sides: dict[str, Sides] = {}
+        self._scales: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
+        kept: dict[str, Tensor] = {}
+        for layer in layers:
+            eigenvalues = curvature.eigenvalues[layer.name].reshape(layer.shape)
+            rho = damping.absolute(mean_of(eigenvalues))
+            out, in_ = self.columns[layer.name]
+            Q_A, Q_G = curvature.bases[layer.name]
+            sides = _side(Q_G, out, layer.shape[0]), _side(Q_A, in_, layer.shape[0])
+            block = _chosen(_chosen(eigenvalues, out, -2), in_, -1)
+            kept |= {f"{i}:{layer.name}": s for i, s in enumerate(sides) if s is not None}
+            kept[f"eigenvalues:{layer.name}"] = block
+            self._sides[layer.name] = sides
+            self._scales[layer.name] = (block.double() + rho).rsqrt().to(block)
+        self._digest = fingerprint_tensors((k, v.contiguous()) for k, v in kept.items())
+
+    def width(self, layer: Layer) -> int:
+        return self._scales[layer.name].numel()
+
+    def record(self) -> dict[str, Any]:
+        facts = {
+            "kind": self.kind,
+            "damping": vars(self.damping),
+            "columns": {
+                name: [None if c is None else c.tolist() for c in both]
+                for name, both in self.columns.items()
+            },
+        }
+        return facts | {"fingerprint": fingerprint_json([facts, self._digest])}
+
+    def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
+        out, in_ = self._sides[layer.name]
+        scale = self._scales[layer.name]
+        if isinstance(block, Factored):
+            g = _read(block.g, out)
+            rows = kronecker.gradient(self._input(block.a, in_), g).movedim(-3, 0)
+        else:
+            rows = _read(_read(block, in_, 1).mT, out, 1).mT
+        return rows.flatten(1).mul_(scale.to(rows).flatten())
+
+    def _input(self, a: Tensor, side: Tensor | None) -> Tensor:
+        """The kept coordinates of an input, made once for layers that read the same tensor one after the other."""
+        if self._last is None or self._last[0] is not a or self._last[1] is not side:
+            self._last = a, side, _read(a, side)
+        return self._last[2]
+
+    def clear(self) -> None:
+        self._last = None
+
+
+def _chosen(x: Tensor, columns: Tensor | None, axis: int) -> Tensor:
+    """Some of an axis of x (groups, ...), other ones for each group."""
+    if columns is None:
+        return x
+    index = columns[:, :, None] if axis == -2 else columns[:, None, :]
+    shape = list(x.shape)
+    shape[axis] = columns.shape[1]
+    return x.gather(axis, index.expand(shape))
+
+
+def _side(basis: Tensor | None, columns: Tensor | None, groups: int) -> Tensor | None:
+    """What takes a side to its kept coordinates: a matrix (whole, kept), numbers of coordinates, or None for all."""
+    if columns is None:
+        return basis
+    if basis is None:
+        return columns[0] if groups == 1 else columns
+    if basis.ndim == 2:
+        return basis[:, columns[0]].contiguous()
+    return _chosen(basis, columns, -1).contiguous()
+
+
+def _read(x: Tensor, side: Tensor | None, groups: int = 0) -> Tensor:
+    """Coordinates of the last axis; `groups` is the axis of groups where each has coordinates of its own."""
+    if side is None:
+        return x
+    if side.is_floating_point():
+        return kronecker.rotate(x, side.to(x)) if groups == 0 else x @ side.to(x)
+    side = side.to(x.device)
+    if side.ndim == 1:
+        return x.index_select(-1, side)
+    shape = [1] * (x.ndim - 1) + [side.shape[1]]
+    shape[groups] = side.shape[0]
+    return x.gather(-1, side.view(shape).expand(*x.shape[:-1], side.shape[1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whitened:
+    """Rows whose plain inner product is the influence through a fit's layerwise curvature, on its leading coordinates.
+
+    Args:
+        rank: Coordinates kept on each side of a layer; None keeps all, and then nothing is lost.
+        ranks: (out, in) of single layers, by name.
+        damping: As for `headwater.trace.Influence`.
+        choose: Columns by the influence they carry, or by their eigenvalues.
+    """
+
+    rank: int | None = 16
+    ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    damping: str | float | Damping = "auto"
+    choose: Choice = "influence"
+
+    def __post_init__(self):
+        _check_ranks(self.rank, self.ranks)
+
+    def space(self, fit: Fit) -> WhitenedSpace:
+        """The coordinates over a fit.
+
+        Raises:
+            ValueError: The fit's curvature has no eigenbasis for each layer.
+        """
+        curvature, layers = _layerwise(fit, "Whitened"), list(fit.followed)
+        if curvature_is_flat(curvature) and any(
+            _ranks(x, self.rank, self.ranks) != x.shape[1:] for x in layers
+        ):
+            raise ValueError(
+                "All eigenvalues of the fit's curvature are alike, so that no coordinates lead; build with LoGra(), whose "
+                "random sides keep a part of each, or fit with curvature='ekfac'."
+            )
+        damping, columns = fit.damping(self.damping), {}
+        for layer in layers:
+            eigenvalues = curvature.eigenvalues[layer.name].reshape(layer.shape)
+            rho = damping.absolute(mean_of(eigenvalues))
+            by_influence = self.choose == "influence"
+            weight = effective(eigenvalues.double(), rho) if by_influence else eigenvalues
+            columns[layer.name] = _columns(layer, weight, *_ranks(layer, self.rank, self.ranks))
+        return WhitenedSpace(layers, curvature, damping, columns)
+
+
+class LoGraSpace(Space):
+    """Two-sided projections of gradients; the curvature is that of the projected gradients.
+
+    Args:
+        layers: The followed layers.
+        projection: The two-sided projection.
+        facts: The options that made it.
+    """
+
+    kind: ClassVar[str] = "logra"
+
+    def __init__(self, layers: list[Layer], projection: TwoSided, facts: dict[str, Any]):
+        super().__init__(layers)
+        self.projection, self.facts = projection, facts
+
+    def width(self, layer: Layer) -> int:
+        return self.projection.width(layer)
+
+    def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
+        return self.projection(layer, block)
+
+    def clear(self) -> None:
+        self.projection.clear()
+
+    def record(self) -> dict[str, Any]:
+        facts = {"kind": self.kind} | self.facts
+        sides = {
+            f"{i}:{name}": side.contiguous()
+            for name, both in self.projection.given.items()
+            for i, side in enumerate(both)
+            if side is not None
+        }
+        digest = fingerprint_tensors(sides.items())
+        return facts | {"fingerprint": fingerprint_json([facts, digest])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoGra:
+    """Projected gradients under the dense second moment of the projected gradients (LoGra).
+
+    Args:
+        rank: Numbers kept on each side; None keeps whole gradients, which only small layers bear.
+        ranks: (out, in) of single layers, by name.
+        init: "random" matrices, made again from their seed, or "pca": leading eigenvectors of a fit's curvature.
+        seed: Seed of random matrices.
+        matrix: "rademacher" or "gaussian".
+        damping: Added to the second moment's eigenvalues; a tenth of each layer's mean when left out.
+    """
+
+    rank: int | None = 16
+    ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    init: Literal["random", "pca"] = "random"
+    seed: int = 0
+    matrix: Kind = "rademacher"
+    damping: str | float | Damping = "0.1 relative"
+
+    def __post_init__(self):
+        _check_ranks(self.rank, self.ranks)
+
+    def space(self, fit: Fit) -> LoGraSpace:
+        """The coordinates over a fit.
+
+        Raises:
+            ValueError: "pca" is asked of a fit without factors, or a damping that only its own curvature could give.
+        """
+        damping = parse_damping(self.damping)
+        if not isinstance(damping, Damping):
+            raise ValueError(
+                f"LoGra has a curvature of its own, so its damping is a number or '0.1 relative'; got {damping!r}."
+            )
+        layers = list(fit.followed)
+        facts = {
+            "init": self.init,
+            "seed": self.seed,
+            "matrix": self.matrix,
+            "damping": vars(damping),
+            "ranks": {layer.name: list(_ranks(layer, self.rank, self.ranks)) for layer in layers},
+        }
+        return logra_space(fit, facts)
+
+
+def logra_space(
+    fit: Fit, facts: dict[str, Any], columns: Mapping[str, Any] | None = None
+) -> LoGraSpace:
+    """The space of the options, with the columns that a record names for "pca"."""
+    layers = list(fit.followed)
+    ranks = {name: (pair[0], pair[1]) for name, pair in facts["ranks"].items()}
+    sides: dict[str, Sides] = {}
+    if facts["init"] == "pca":
+        curvature = _layerwise(fit, "LoGra(init='pca')")
+        if columns is None:
+            columns = {
+                layer.name: _columns(
+                    layer,
+                    curvature.eigenvalues[layer.name].reshape(layer.shape),
+                    *ranks[layer.name],
+                )
+                for layer in layers
+            }
+        for layer in layers:
+            Q_A, Q_G = curvature.bases[layer.name]
+            out, in_ = columns[layer.name]
+            sides[layer.name] = (
+                _as_matrix(Q_G, out, layer.shape[0], layer.shape[1]),
+                _as_matrix(Q_A, in_, layer.shape[0], layer.shape[2]),
+            )
+        facts = facts | {
+            "columns": {
+                name: [None if c is None else c.tolist() for c in both]
+                for name, both in columns.items()
+            }
+        }
+    projection = TwoSided(ranks=ranks, seed=facts["seed"], kind=facts["matrix"], sides=sides)
+    return LoGraSpace(layers, projection, facts)
+
+
+def _as_matrix(basis: Tensor | None, columns: Tensor | None, groups: int, whole: int):
+    """(kept, whole) matrix of a side, as `TwoSided` has it."""
+    side = _side(basis, columns, groups)
+    if side is None:
+        return None
+    if not side.is_floating_point():
+        side = (
+            torch.eye(whole)[:, side].movedim(1, 0) if side.ndim == 2 else torch.eye(whole)[side].mT
+        )
+    return side.mT.contiguous()
+
+
+def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
+    """The space that an index names, over the fit at hand.
+
+    Raises:
+        ArtifactMismatch: The fit does not give that space again.
+    """
+    facts = {k: v for k, v in record.items() if k not in ("fingerprint", "kind")}
+    layers = list(fit.followed)
+    columns = {
+        name: tuple(None if c is None else torch.tensor(c) for c in both)
+        for name, both in facts.pop("columns", {}).items()
+    }
+    if (names := set(columns) | set(facts.get("ranks", {}))) != {x.name for x in layers}:
+        odd = sorted(names ^ {x.name for x in layers})
+        raise ArtifactMismatch(
+            f"The index in {folder} covers {len(names)} layers, the fit follows {len(layers)} (differing: "
+            f"{', '.join(odd[:4])}); fit with the layers of the index, or build it again."
+        )
+    try:
+        if record["kind"] == WhitenedSpace.kind:
+            curvature = _layerwise(fit, "The index")
+            space: Space = WhitenedSpace(layers, curvature, Damping(**facts["damping"]), columns)
+        else:
+            space = logra_space(fit, facts, columns or None)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise ArtifactMismatch(
+            f"The fit does not give the coordinates of the index in {folder} ({error}); load the fit that it was "
+            "built with, or build the index again."
+        ) from error
+    if space.fingerprint != record["fingerprint"]:
+        raise ArtifactMismatch(
+            f"The index in {folder} was made from another curvature (projection {record['fingerprint'][:12]}…, this "
+            f"fit gives {space.fingerprint[:12]}…); load the fit that it was built with, or build the index again."
+        )
+    return space
+
+
+def kept_share(space: Space, fit: Fit) -> float | None:
+    r"""Share of $\sum \lambda / (\lambda + \rho)$ over all coordinates that the kept ones hold; None for LoGra."""
+    if not isinstance(space, WhitenedSpace) or not isinstance(fit.curvature, Layerwise):
+        return None
+    kept = whole = 0.0
+    for layer in space.layers:
+        eigenvalues = fit.curvature.eigenvalues[layer.name].reshape(layer.shape).double()
+        weight = effective(eigenvalues, space.damping.absolute(mean_of(eigenvalues)))
+        out, in_ = space.columns[layer.name]
+        kept += float(_chosen(_chosen(weight, out, -2), in_, -1).sum())
+        whole += float(weight.sum())
+    return kept / max(whole, 1e-300)
+
+
+def _columns(
+    layer: Layer, weight: Tensor, out: int, in_: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Kept columns of both sides, for each group; None where a side is kept whole."""
+    if out == layer.shape[1] and in_ == layer.shape[2]:
+        return None, None
+    pairs = [best_rectangle(group, out, in_) for group in weight]
+    rows, columns = (torch.stack(side) for side in zip(*pairs, strict=True))
+    return (
+        None if out == layer.shape[1] else rows,
+        None if in_ == layer.shape[2] else columns,
+    )
+
+
+def _ranks(layer: Layer, rank: int | None, ranks: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    whole = layer.shape[1:]
+    out, in_ = ranks.get(layer.name, whole if rank is None else (rank, rank))
+    return min(out, whole[0]), min(in_, whole[1])
+
+
+def _check_ranks(rank: int | None, ranks: Mapping[str, tuple[int, int]]) -> None:
+    for name, pair in {"rank": (rank or 1, 1 if rank is None else rank), **ranks}.items():
+        if min(pair) < 1:
+            raise ValueError(f"An index keeps 1 or more numbers a side; {name} is {pair}.")
+
+
+def _layerwise(fit: Fit, what: str) -> Layerwise:
+    curvature = fit.curvature
+    if not isinstance(curvature, Layerwise):
+        raise ValueError(
+            f"{what} needs a curvature with an eigenbasis for each layer; the fit's is {curvature.kind!r}. Fit with "
+            "curvature='ekfac', or build with LoGra(), which needs none."
+        )
+    return curvature
+
+
+def curvature_is_flat(curvature: Layerwise) -> bool:
+    """Whether no coordinate is before another, as for the identity."""
+    spectra = curvature.eigenvalues.values()
+    return all(e.numel() == 0 or bool(e.min() == e.max()) for e in spectra)
+
+
+def numel(layers: list[Layer]) -> int:
+    """Parameters of the layers."""
+    return sum(prod(layer.shape) for layer in layers)
