@@ -1,10 +1,11 @@
 """Builds that can be killed: run as a program it forks one build after another, so that each starts at once.
 
-A line `folder calls` on standard input forks a build of the index in that folder, which ends itself at its calls-th
-system call that writes (0: never). The answer is the build's process number, and then how it ended.
+A line `folder calls after` on standard input forks a build of the index in that folder, which ends itself at its
+calls-th system call that writes (0: never), and is killed after so many seconds (0: never). The answer is how it ended.
 """
 
 import os
+import signal
 import sys
 import time
 
@@ -77,7 +78,7 @@ def _serve() -> None:
     fitted = small_fit()
     print("ready", flush=True)
     for line in sys.stdin:
-        folder, calls = line.rsplit(maxsplit=1)
+        folder, calls, after = line.rsplit(maxsplit=2)
         pid = os.fork()
         if pid == 0:
             if int(calls):
@@ -86,7 +87,9 @@ def _serve() -> None:
                 fitted.train.wait = 0.01
             build(fitted, folder)
             os._exit(0)
-        print(pid, flush=True)
+        if float(after):
+            time.sleep(float(after))
+            os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the number is its own
         _, status = os.waitpid(pid, 0)
         print(status, flush=True)
 
