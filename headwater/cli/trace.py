@@ -53,6 +53,8 @@ class Trace:
         max_new_tokens: Longest generated completion.
         chat: Put prompts into the model's chat template.
         measurement: What is asked of a completion.
+        index: Look up the index made by `headwater index build`, without a pass over the training data.
+        where: With --index: metadata to look among, such as source=wiki or year=1990..1999; repeat for several.
         json: Print the result as JSON.
     """
 
@@ -67,6 +69,8 @@ class Trace:
     max_new_tokens: int = 24
     chat: bool = False
     measurement: Literal["log_prob", "loss"] = "log_prob"
+    index: bool = False
+    where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     method: Annotated[InfluenceFlags, tyro.conf.arg(name="")] = field(
         default_factory=InfluenceFlags
     )
@@ -83,6 +87,11 @@ def run(words: list[str]) -> int:
     from headwater.report.terminal import show
 
     show(evidence)
+    if command.index:
+        from headwater.cli.index import looked_up
+
+        for line in looked_up(evidence.facts):
+            say(line)
     say(f"The same as a page: {page}")
     return 0
 
@@ -101,6 +110,8 @@ def _check(command: Trace) -> None:
         raise ValueError(
             f"Expected one alternative a prompt; got {len(command.prompt)} prompts and {len(command.rather_than)}."
         )
+    if command.where and not command.index:
+        raise ValueError("--where needs --index; without it every training example is scored.")
     if command.top < 1:
         raise ValueError(f"Expected --top of 1 or more; got {command.top}.")
     if "/" in command.name or command.name in ("", ".", ".."):
@@ -144,7 +155,12 @@ def _inputs(command: Trace) -> list[Any]:
     paths = [Path(p) for p in named if p is not None]
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
     stamps = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    return [record["heldout"], record["columns"], manifest["files"], stamps]
+    found = [record["heldout"], record["columns"], manifest["files"], stamps]
+    if command.index:
+        from headwater.cli.index import journal_digests
+
+        found.append(journal_digests(command.run))
+    return found
 
 
 def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
@@ -157,7 +173,12 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
     session, record = run_session(command.run)
     fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
     queries = traced_queries(command, session)
-    method = Influence(**asdict(command.method), n_intervals=command.top)
+    method, control = Influence(**asdict(command.method), n_intervals=command.top), session.heldout
+    if command.index:
+        from headwater.cli.index import indexed
+
+        fitted, method = indexed(command.run, fitted, session, record, command.where)
+        control = None  # it has an index of its own
     known = {
         "model": "/".join(Path(record["fit"]["model"]).parts[-2:]),
         "corpus": "/".join(Path(record["fit"]["data"]).parts[-2:]),
@@ -170,12 +191,14 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
             influence=method,
             measurement=command.measurement,
             top=command.top,
-            control=session.heldout,
+            control=control,
             source=command.source,
             contrast=bool(command.rather_than),
             facts=known | facts,
             progress=progress,
         )
+    if command.index:
+        return evidence
     seconds = {"fit": fitted.facts["seconds"], "trace": evidence.facts["seconds"]}
     unit = record.get("cost", {}).get("pass_seconds")
     cost = {"cost": {name: s / unit for name, s in seconds.items()}} if unit else {}

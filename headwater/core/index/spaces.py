@@ -240,8 +240,8 @@ class Whitened:
             _ranks(x, self.rank, self.ranks) != x.shape[1:] for x in layers
         ):
             raise ValueError(
-                "All eigenvalues of the fit's curvature are alike, so that no coordinates lead; build with LoGra(), whose "
-                "random sides keep a part of each, or fit with curvature='ekfac'."
+                "All eigenvalues of the fit's curvature are alike, so that no coordinates lead; build with LoGra(), "
+                "whose random sides keep a part of each, or fit with curvature='ekfac'."
             )
         damping, columns = fit.damping(self.damping), {}
         for layer in layers:

@@ -320,6 +320,7 @@ def clean(folder: Path, journal: Journal) -> None:
 
 def _own_files(folder: Path) -> Iterable[Path]:
     """Files that an index writes, and no others that lie beside them."""
+    yield from folder.glob(f".{JOURNAL}.partial-*")
     for pattern in ("rows-*.safetensors", "ids-*.parquet", "metric-*.safetensors"):
         yield from folder.glob(pattern)
         yield from folder.glob(f".{pattern}.*")

@@ -53,7 +53,9 @@ def test_removed_rows_are_gone_at_once_and_from_the_disk_after_compacting(fitted
     left = {k: v for k, v in everything.items() if k not in gone}
     assert len(index) == N - 300 and scores(index, fitted) == pytest.approx(left, rel=1e-6)
     index.compact()
-    assert len(index) == index.n_rows == N - 300 and scores(index, fitted) == pytest.approx(left, rel=1e-6)
+    assert len(index) == index.n_rows == N - 300 and scores(index, fitted) == pytest.approx(
+        left, rel=1e-6
+    )
     assert index.info()["bytes"] < 0.7 * size and GradientIndex.verify(tmp_path / "a") == []
     own = index.self_influence()
     assert torch.allclose(own, index.rows(torch.arange(len(index))).square().sum(1) / N)
@@ -147,7 +149,10 @@ def test_doubled_and_unknown_ids_are_refused(fitted, tmp_path):
 
 def test_indexes_of_other_coordinates_are_not_merged(fitted, tmp_path):
     a = build(fitted, tmp_path / "a")
-    for name, options in {"dtype": {"dtype": "int8"}, "projection": {"kind": LoGra(rank=2)}}.items():
+    for name, options in {
+        "dtype": {"dtype": "int8"},
+        "projection": {"kind": LoGra(rank=2)},
+    }.items():
         other = build(fitted, tmp_path / name, examples=data(**MORE), sample=0, **options)
         with pytest.raises(ArtifactMismatch, match=name):
             GradientIndex.merge(tmp_path / "both", [a, other])

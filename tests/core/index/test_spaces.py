@@ -25,7 +25,10 @@ def test_at_full_rank_the_scores_are_those_of_influence(name, method, tmp_path):
     order = torch.tensor(found.kept).argsort()
     # rows are stored in float32
     torch.testing.assert_close(
-        found.values[:, order], expected.values, rtol=1e-5, atol=1e-5 * float(expected.values.abs().max())
+        found.values[:, order],
+        expected.values,
+        rtol=1e-5,
+        atol=1e-5 * float(expected.values.abs().max()),
     )
     own = Influence(damping=0.01).self_influence(fitted)
     place = torch.tensor(index.numbers()).argsort()
@@ -60,9 +63,7 @@ def test_kept_coordinates_are_those_of_the_whole_row(name):
 
 def test_logra_with_whole_sides_stores_gradients_and_scores_by_the_dense_empirical_fisher(tmp_path):
     for name in ("mlp", "lm", "conv"):
-        fitted, index = built(
-            tmp_path / name, name, Identity(), kind=LoGra(rank=None, damping=0.1)
-        )
+        fitted, index = built(tmp_path / name, name, Identity(), kind=LoGra(rank=None, damping=0.1))
         rows = autograd_rows(fitted, fitted.task.loss, fitted.train)
         order = torch.tensor(index.numbers()).argsort()
         stored = index.rows(torch.arange(index.n_rows))[order]
@@ -76,7 +77,9 @@ def test_logra_with_whole_sides_stores_gradients_and_scores_by_the_dense_empiric
         found = index.attribute(fitted, shared(name).query, keep=n)
         place = torch.tensor(found.kept).argsort()
         scale = float(total.abs().max())
-        torch.testing.assert_close(found.values[:, place].double(), total, rtol=1e-5, atol=1e-6 * scale)
+        torch.testing.assert_close(
+            found.values[:, place].double(), total, rtol=1e-5, atol=1e-6 * scale
+        )
 
 
 def test_logra_of_some_rank_equals_its_formula_on_autograd_rows(tmp_path):
