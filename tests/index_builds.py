@@ -49,7 +49,7 @@ def small_fit() -> Fit:
 def build(fitted: Fit, folder, **options) -> GradientIndex:
     size = ROWS_A_SHARD * (4 + 4 * 16)
     options = {
-        "kind": Whitened(rank=4, damping=0.01), "dtype": "float32", "shard_bytes": size,
+        "kind": Whitened(rank=4, damping=0.01, sides="leading"), "dtype": "float32", "shard_bytes": size,
         "sample": 30,
     } | options  # fmt: skip
     return GradientIndex.build(fitted, folder, **options)

@@ -31,9 +31,10 @@ class Build:
         run: The run folder of `headwater fit`.
         kind: whitened needs the fit's curvature, logra does not.
         rank: Numbers kept on each side of a layer.
+        sides: For whitened: the leading coordinates, random mixtures of all, or auto: what is better on the sample.
         dtype: How rows are stored.
         damping: As for `headwater trace`; for logra a number or "0.1 relative".
-        seed: Seed of logra's random matrices.
+        seed: Seed of random matrices.
         sample: Examples on which the error is measured; 0 measures none.
         json: Print the result as JSON.
     """
@@ -41,6 +42,7 @@ class Build:
     run: tyro.conf.Positional[Path]
     kind: Literal["whitened", "logra"] = "whitened"
     rank: int = 16
+    sides: Literal["auto", "leading", "random"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float16"
     damping: str | None = None
     seed: int = 0
@@ -59,7 +61,7 @@ class Build:
         given = {} if self.damping is None else {"damping": self.damping}
         if self.kind == "logra":
             return LoGra(rank=self.rank, seed=self.seed, **given)
-        return Whitened(rank=self.rank, **given)
+        return Whitened(rank=self.rank, sides=self.sides, seed=self.seed, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,13 +181,18 @@ def _build(command: Build) -> int:
             GradientIndex.build(
                 fitted,
                 command.run / HELDOUT,
-                kind=command.rows(),
+                kind=replace(command, sides=_sides(index)).rows(),
                 dtype=command.dtype,
                 examples=session.heldout,
                 sample=0,
                 progress=progress,
             )
     return _tell(index, command.json, f'headwater trace {command.run} --index --prompt "…"')
+
+
+def _sides(index: "GradientIndex") -> Literal["leading", "random"]:
+    """Which coordinates an index was built with."""
+    return "random" if index.journal.space["kind"] == "sketched" else "leading"
 
 
 def _add(command: Add) -> int:
@@ -310,6 +317,9 @@ def _tell(index: "GradientIndex", as_json: bool, following: str = "") -> int:
 def _quality(facts: dict[str, Any]) -> Sequence[str]:
     """What was measured of an index's error, in sentences."""
     lines = []
+    if tried := facts.get("recall_10"):
+        told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in tried.items())
+        lines.append(f"of each top ten were found with coordinates that are: {told}")
     if "kept_share" in facts:
         lines.append(
             f"the kept coordinates carry {100 * facts['kept_share']:.0f} % of the influence expected of all"

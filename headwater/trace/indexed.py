@@ -123,4 +123,4 @@ class Indexed(Attributor):
 def _damping(index: GradientIndex) -> Damping | str:
     """The damping of the rows, or the fit's own where they have another curvature."""
     space = index.journal.space
-    return Damping(**space["damping"]) if space["kind"] == "whitened" else "auto"
+    return "auto" if space["kind"] == "logra" else Damping(**space["damping"])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PAPERS = {
     "whitened": ["arXiv:2308.03296", "arXiv:2405.13954"],
+    "sketched": ["arXiv:2308.03296", "arXiv:2405.13954"],
     "logra": ["arXiv:2405.13954"],
 }
 _MORE = 4  # times as many hits are looked at where duplicates are shown as one

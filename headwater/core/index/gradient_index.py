@@ -11,14 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import Progress, sweep
-from headwater.core.curvature import Identity
+from headwater.core.curvature import Layerwise
+from headwater.core.damping import Damping
 from headwater.core.examples import Examples, as_examples
 from headwater.core.files import ArtifactError, ArtifactMismatch, ArtifactMissing
 from headwater.core.fingerprint import fingerprint_model, short
 from headwater.core.fit import Fit
 from headwater.core.index.answers import Answers
 from headwater.core.index.checking import Damage, repair, verify
-from headwater.core.index.encoding import Dtype
+from headwater.core.index.encoding import Dtype, Encoding
 from headwater.core.index.journal import (
     JOURNAL,
     Journal,
@@ -29,9 +30,17 @@ from headwater.core.index.journal import (
     ranges_of,
 )
 from headwater.core.index.metric import ProjectedMetric, fit_metric
-from headwater.core.index.quality import measure_error
+from headwater.core.index.quality import take_sample
 from headwater.core.index.shards import ShardWriter
-from headwater.core.index.spaces import LoGra, LoGraSpace, Space, Whitened, kept_share, space_of
+from headwater.core.index.spaces import (
+    LoGra,
+    LoGraSpace,
+    Space,
+    Whitened,
+    curvature_is_flat,
+    kept_share,
+    space_of,
+)
 from headwater.core.index.stored import StoredRows
 from headwater.core.index.writing import (
     RowWriter,
@@ -96,24 +105,23 @@ class GradientIndex(Answers, StoredRows):
             ArtifactMismatch: The folder holds an index of something else; the message names what differs.
             OutOfDisk: The rows would not fit.
         """
-        folder = Path(folder)
+        folder, asked = Path(folder), kind or Whitened()
         data = fit.train if examples is None else as_examples(examples)
-        space = (kind or Whitened()).space(fit)
-        widths = space.widths
-        journal = Journal(
-            made_from=_made_from(fit, space),
-            space=space.record(),
-            layers=widths,
-            dtype=dtype,
-            n_train=len(fit.train),
-        )
-        source = _source(fit, data, journal, shard_bytes)
-        _warn_of_width(space, len(data))
+        spaces = asked.spaces(fit)
         with FolderLock(folder):
-            journal = _begin(folder, journal, source)
+            space, facts = _chosen(folder, spaces, fit, data, dtype, sample, progress)
+            journal = Journal(
+                made_from=_made_from(fit, space),
+                space=space.record(),
+                layers=space.widths,
+                dtype=dtype,
+                n_train=len(fit.train),
+                facts=facts,
+            )
+            _warn_of_width(space, len(data))
+            journal = _begin(folder, journal, _source(fit, data, journal, shard_bytes))
             if not journal.sources:
-                facts = {"kept_share": kept_share(space, fit)}
-                _fill(folder, journal, fit, space, data, progress, facts, sample)
+                _fill(folder, journal, fit, space, data, progress, sample)
         return cls(folder)
 
     def add(self, fit: Fit, examples: Any, *, progress: Progress | None = None) -> None:
@@ -458,7 +466,6 @@ def _fill(
     space: Space,
     data: Examples,
     progress: Progress | None,
-    facts: dict[str, Any] | None = None,
     sample: int = 0,
 ) -> None:
     """Write the rows of the pending source, then list them."""
@@ -487,10 +494,48 @@ def _fill(
     if space.kind == LoGraSpace.kind and journal.metric is None:
         journal = replace(journal, metric=fit_metric(folder, journal))
     finished = replace(writer.finished(), metric=journal.metric)
-    if facts is not None:
-        facts = {k: v for k, v in facts.items() if v is not None}
-        if sample and not isinstance(fit.curvature, Identity):
-            facts["error"] = measure_error(folder, finished, fit, space, data, sample, progress)
-        finished = replace(finished, facts=finished.facts | facts)
+    if isinstance(space, LoGraSpace) and "error" not in journal.facts and not _is_flat(fit):
+        taken = take_sample(fit, [space], data, fit.damping(), sample, progress)
+        if taken is not None:
+            metric = ProjectedMetric.read(folder, finished)
+            error = taken.error(0, finished.encoding, metric)
+            finished = replace(finished, facts=finished.facts | {"error": error})
     finished.write(folder)
     clean(folder, finished)
+
+
+def _is_flat(fit: Fit) -> bool:
+    return isinstance(fit.curvature, Layerwise) and curvature_is_flat(fit.curvature)
+
+
+def _chosen(
+    folder: Path,
+    spaces: Sequence[Space],
+    fit: Fit,
+    data: Examples,
+    dtype: Dtype,
+    sample: int,
+    progress: Progress | None,
+) -> tuple[Space, dict[str, Any]]:
+    """The coordinates that were begun with, or those that lose least on a sample; and what was measured of them."""
+    try:
+        begun = Journal.read(folder)
+    except ArtifactMissing:
+        pass
+    else:
+        same = [s for s in spaces if s.fingerprint == begun.made_from.get("projection")]
+        return (same or list(spaces))[0], begun.facts
+    chosen, facts = spaces[0], {}
+    if not isinstance(chosen, LoGraSpace):
+        damping = Damping(**chosen.record()["damping"])
+        taken = take_sample(fit, spaces, data, damping, sample, progress)
+        if taken is not None:
+            errors = [taken.error(i, Encoding(dtype, s.dim)) for i, s in enumerate(spaces)]
+            best = max(range(len(spaces)), key=lambda i: errors[i]["whole"]["recall_10"])
+            chosen, facts = spaces[best], {"error": errors[best]}
+            if len(spaces) > 1:
+                facts["recall_10"] = {
+                    s.kind: e["whole"]["recall_10"] for s, e in zip(spaces, errors, strict=True)
+                }
+    share = kept_share(chosen, fit)
+    return chosen, facts | ({} if share is None else {"kept_share": share})

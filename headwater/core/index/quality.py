@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +10,13 @@ from torch import Tensor
 
 from headwater.core.capture import Progress, sweep
 from headwater.core.cost import available_memory_bytes
-from headwater.core.damping import Inverse
+from headwater.core.damping import Damping, Inverse
 from headwater.core.examples import Examples
 from headwater.core.fit import Fit
 from headwater.core.gradients import CollectGradients
-from headwater.core.index.journal import Journal
+from headwater.core.index.encoding import Encoding
 from headwater.core.index.metric import ProjectedMetric
-from headwater.core.index.spaces import Space, WhitenedSpace, numel
-from headwater.core.index.stored import StoredRows
+from headwater.core.index.spaces import Space, numel
 from headwater.core.index.writing import SpaceRows
 from headwater.core.scoring import PairScores
 from headwater.core.target import Loss
@@ -73,52 +71,73 @@ class Agreement:
         )
 
 
-def measure_error(
-    folder: Path,
-    journal: Journal,
-    fit: Fit,
-    space: Space,
-    data: Examples,
-    sample: int,
-    progress: Progress | None = None,
-) -> dict[str, Any] | None:
-    """The index's scores beside the unprojected ones of the fit's curvature, on some of the data.
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Unprojected scores of some pairs, and the rows of the same examples in some coordinates.
 
-    Some examples serve as rows and others as queries, asked about their own loss. None where there are too few
-    examples, or too many parameters to hold a few whole gradients.
+    Attributes:
+        truth: (query, train), inner products.
+        queries: Rows of the queries in each space.
+        train: Rows of the training examples in each space.
+    """
+
+    truth: Float[Tensor, "query train"]
+    queries: list[Tensor]
+    train: list[Tensor]
+    kind: str
+
+    def error(
+        self, space: int, encoding: Encoding, metric: ProjectedMetric | None = None
+    ) -> dict[str, Any]:
+        """How far the scores of a space are from the unprojected ones, and what of it comes from the storage."""
+        queries, rows = self.queries[space], self.train[space]
+        ready = (queries if metric is None else metric(queries)).float()
+        kept = encoding.decode(encoding.encode(rows))
+        stored = (ready @ kept.mT).double()
+        return {
+            "rows": self.truth.shape[1],
+            "queries": self.truth.shape[0],
+            "curvature": self.kind,
+            "whole": vars(Agreement.of(self.truth, stored)),
+            "dtype_alone": vars(Agreement.of((ready @ rows.float().mT).double(), stored)),
+        }
+
+
+def take_sample(
+    fit: Fit,
+    spaces: Sequence[Space],
+    data: Examples,
+    damping: Damping,
+    n: int,
+    progress: Progress | None = None,
+) -> Sample | None:
+    """Scores of some of the data through the fit's whole curvature, with others as queries about their own loss.
+
+    None where there are too few examples, or too many parameters to hold a few whole gradients.
     """
     layers = list(fit.followed)
     whole = 4 * numel(layers)
     n_queries = min(QUERIES, len(data) // 4, int(available_memory_bytes() / 6 // whole))
-    if n_queries < 4 or len(data) < 20:
+    if n < 1 or n_queries < 4 or len(data) < 20:
         return None
-    n = min(sample, len(data) - n_queries)
+    n = min(n, len(data) - n_queries)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_SEED))
     rows, asked = (sorted(part.tolist()) for part in (order[:n], order[n : n + n_queries]))
     some, queries = data.subset(rows), data.subset(asked)
     collected = CollectGradients(layers)
-    projected = SpaceRows(space, len(queries))
-    _sweep(fit, queries, [collected, projected], progress)
-    damping = space.damping if isinstance(space, WhitenedSpace) else fit.damping()
+    projected = [SpaceRows(space, len(queries)) for space in spaces]
+    _sweep(fit, queries, [collected, *projected], progress)
     gradients = collected.finish()[0]
     n_positions = sum(some.lengths) if some.lengths else len(some)
-    prepared = fit.curvature.prepare(gradients, Inverse(damping), n_positions)
-    exact, train = PairScores(prepared, len(some)), SpaceRows(space, len(some))
-    _sweep(fit, some, [exact, train], progress)
-    stored = StoredRows.of(folder, journal)
-    place = {number: i for i, number in enumerate(stored.numbers(torch.arange(stored.n_rows)))}
-    kept = stored.rows([place[i] for i in rows])
-    metric = ProjectedMetric.read(folder, journal)
-    ready = projected.finish() if metric is None else metric(projected.finish())
-    ready, plain = ready.float(), train.finish().float()
-    truth, unrounded, found = exact.finish(), ready @ plain.mT, ready @ kept.mT
-    return {
-        "rows": len(some),
-        "queries": len(queries),
-        "curvature": fit.curvature.kind,
-        "whole": vars(Agreement.of(truth, found.double())),
-        "dtype_alone": vars(Agreement.of(unrounded.double(), found.double())),
-    }
+    exact = PairScores(fit.curvature.prepare(gradients, Inverse(damping), n_positions), len(some))
+    train = [SpaceRows(space, len(some)) for space in spaces]
+    _sweep(fit, some, [exact, *train], progress)
+    return Sample(
+        exact.finish(),
+        [p.finish() for p in projected],
+        [t.finish() for t in train],
+        fit.curvature.kind,
+    )
 
 
 def _sweep(

@@ -5,9 +5,16 @@ r"""What a row of the index is: the coordinates in which an inner product of two
 
 $$\nabla_q^\top (C + \rho I)^{-1} \nabla_n = \langle \varphi(\nabla_q), \varphi(\nabla_n) \rangle .$$
 
-Of each side a few columns are kept. A whitened coordinate of the training gradients has the second moment
-$\lambda / (\lambda + \rho)$ (Choe et al. 2024, arXiv:2405.13954, lemma 1), so the columns are those whose coordinates
-carry most of the sum of it: large eigenvalues count as one each, those far below the damping as nothing.
+A few coordinates are kept. One of the training gradients has the second moment $\lambda / (\lambda + \rho)$ (Choe et
+al. 2024, arXiv:2405.13954, lemma 1), so the kept ones are those with the most of it, of all layers together, within the
+leading columns of each side. They make no rectangle: with $\Lambda_{ij} \approx a_i b_j$ the largest lie along both
+edges.
+
+Where influence is spread over far more coordinates than are kept, random mixtures of all may say more than a few
+leading ones. With $1 / (\Lambda + \rho) \approx u v^\top$ the whitened gradient is about
+$\sqrt u \circ Q_G^\top G\, Q_A \circ \sqrt v^\top$, so that its projection is again two-sided, $P_\text{out} G
+P_\text{in}^\top$ with $P_\text{out} = R_\text{out} \operatorname{diag}(\sqrt u)\, Q_G^\top$: as cheap, and right on
+average. Which of the two is better depends on the damping, and is measured.
 
 **LoGra.** Both sides are projected at random, or onto leading eigenvectors, and the curvature is the dense second
 moment of the projected gradients themselves, $F = \frac1N \sum_n p_n p_n^\top$ for each layer: no Kronecker form is
@@ -15,8 +22,9 @@ assumed, and no curvature has to be fitted. Rows are kept as they are and querie
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwater.core.curvature import Layerwise
+from headwater.core.curvature.prepared import separable
 from headwater.core.damping import Damping, mean_of, parse_damping
 from headwater.core.files import ArtifactMismatch
 from headwater.core.fingerprint import fingerprint_json, fingerprint_tensors
@@ -32,10 +41,11 @@ from headwater.core.fit import Fit
 from headwater.core.gradients import Block, Factored
 from headwater.core.layers import Layer
 from headwater.core.projection import Projection, Sides, TwoSided
-from headwater.numerics import kronecker
-from headwater.numerics.projection import Kind
+from headwater.numerics import kronecker, noise
+from headwater.numerics.projection import Kind, random_matrix
 
 Choice = Literal["influence", "eigenvalue"]
+How = Literal["auto", "leading", "random"]
 
 
 def effective(eigenvalues: Float[Tensor, "*block"], damping: float) -> Float[Tensor, "*block"]:
@@ -103,6 +113,47 @@ class Space(Projection):
         return self.record()["fingerprint"]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The coordinates that are kept of one layer.
+
+    Attributes:
+        out: Columns of the output side (group, kept), or None for all.
+        in_: Columns of the input side, likewise.
+        chosen: Numbers of the coordinates kept in the block of those columns, or None for all.
+    """
+
+    out: Int[Tensor, "group kept"] | None = None
+    in_: Int[Tensor, "group kept"] | None = None
+    chosen: Int[Tensor, " number"] | None = None
+
+    def block(self, x: Float[Tensor, "group out in"]) -> Float[Tensor, " number"]:
+        """The kept numbers of a layer's matrix."""
+        block = _chosen(_chosen(x, self.out, -2), self.in_, -1).flatten()
+        return block if self.chosen is None else block[self.chosen]
+
+    def record(self) -> list[Any]:
+        """What a journal says of it: columns, and stretches of numbers."""
+        sides = [None if c is None else c.tolist() for c in (self.out, self.in_)]
+        if self.chosen is None:
+            return [*sides, None]
+        gaps = (self.chosen.diff(prepend=torch.tensor([-2])) != 1).nonzero().flatten()
+        ends = torch.cat([gaps[1:] - 1, torch.tensor([len(self.chosen) - 1])])[: len(gaps)]
+        pairs = zip(self.chosen[gaps].tolist(), self.chosen[ends].tolist(), strict=True)
+        return [*sides, [[a, b + 1] for a, b in pairs]]
+
+    @classmethod
+    def of(cls, record: Sequence[Any]) -> "Kept":
+        """The inverse of `record`."""
+        out, in_, stretches = record
+        sides = (None if c is None else torch.tensor(c) for c in (out, in_))
+        numbers = None
+        if stretches is not None:
+            parts = [torch.arange(a, b) for a, b in stretches]
+            numbers = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+        return cls(*sides, numbers)
+
+
 class WhitenedSpace(Space):
     """Coordinates in a curvature's eigenbasis, scaled by the damped inverse root.
 
@@ -110,7 +161,7 @@ class WhitenedSpace(Space):
         layers: The followed layers.
         curvature: Gives bases and eigenvalues.
         damping: Added to the eigenvalues.
-        columns: (out, in) of each layer: numbers of the kept columns (groups, kept) on each side, None for all.
+        kept: The coordinates that are kept of each layer.
     """
 
     kind: ClassVar[str] = "whitened"
@@ -120,26 +171,25 @@ class WhitenedSpace(Space):
         layers: list[Layer],
         curvature: Layerwise,
         damping: Damping,
-        columns: Mapping[str, tuple[Tensor | None, Tensor | None]],
+        kept: Mapping[str, Kept],
     ):
         super().__init__(layers)
-        self.damping, self.columns = damping, dict(columns)
+        self.damping, self.kept = damping, dict(kept)
         self._sides: dict[str, Sides] = {}
         self._scales: dict[str, Tensor] = {}
         self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
-        kept: dict[str, Tensor] = {}
+        used: dict[str, Tensor] = {}
         for layer in layers:
             eigenvalues = curvature.eigenvalues[layer.name].reshape(layer.shape)
-            rho = damping.absolute(mean_of(eigenvalues))
-            out, in_ = self.columns[layer.name]
+            rho, mine = damping.absolute(mean_of(eigenvalues)), self.kept[layer.name]
             Q_A, Q_G = curvature.bases[layer.name]
-            sides = _side(Q_G, out, layer.shape[0]), _side(Q_A, in_, layer.shape[0])
-            block = _chosen(_chosen(eigenvalues, out, -2), in_, -1)
-            kept |= {f"{i}:{layer.name}": s for i, s in enumerate(sides) if s is not None}
-            kept[f"eigenvalues:{layer.name}"] = block
+            sides = _side(Q_G, mine.out, layer.shape[0]), _side(Q_A, mine.in_, layer.shape[0])
+            block = mine.block(eigenvalues)
+            used |= {f"{i}:{layer.name}": s for i, s in enumerate(sides) if s is not None}
+            used[f"eigenvalues:{layer.name}"] = block
             self._sides[layer.name] = sides
             self._scales[layer.name] = (block.double() + rho).rsqrt().to(block)
-        self._digest = fingerprint_tensors((k, v.contiguous()) for k, v in kept.items())
+        self._digest = fingerprint_tensors((k, v.contiguous()) for k, v in used.items())
 
     def width(self, layer: Layer) -> int:
         return self._scales[layer.name].numel()
@@ -148,22 +198,23 @@ class WhitenedSpace(Space):
         facts = {
             "kind": self.kind,
             "damping": vars(self.damping),
-            "columns": {
-                name: [None if c is None else c.tolist() for c in both]
-                for name, both in self.columns.items()
-            },
+            "kept": {name: kept.record() for name, kept in self.kept.items()},
         }
         return facts | {"fingerprint": fingerprint_json([facts, self._digest])}
 
     def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
         out, in_ = self._sides[layer.name]
-        scale = self._scales[layer.name]
+        scale, chosen = self._scales[layer.name], self.kept[layer.name].chosen
+        if not len(scale):
+            return torch.zeros(len(block), 0, dtype=block.dtype, device=block.device)
         if isinstance(block, Factored):
             g = _read(block.g, out)
             rows = kronecker.gradient(self._input(block.a, in_), g).movedim(-3, 0)
         else:
             rows = _read(_read(block, in_, 1).mT, out, 1).mT
-        return rows.flatten(1).mul_(scale.to(rows).flatten())
+        rows = rows.flatten(1)
+        rows = rows if chosen is None else rows.index_select(1, chosen.to(rows.device))
+        return rows.mul_(scale.to(rows))
 
     def _input(self, a: Tensor, side: Tensor | None) -> Tensor:
         """The kept coordinates of an input, made once for layers that read the same tensor one after the other."""
@@ -210,47 +261,164 @@ def _read(x: Tensor, side: Tensor | None, groups: int = 0) -> Tensor:
     return x.gather(-1, side.view(shape).expand(*x.shape[:-1], side.shape[1]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Whitened:
-    """Rows whose plain inner product is the influence through a fit's layerwise curvature, on its leading coordinates.
+class SketchedSpace(Space):
+    """Random mixtures of all whitened coordinates, with a separable inverse.
 
     Args:
-        rank: Coordinates kept on each side of a layer; None keeps all, and then nothing is lost.
-        ranks: (out, in) of single layers, by name.
+        layers: The followed layers.
+        curvature: Gives bases and eigenvalues.
+        facts: Damping, seed and ranks.
+    """
+
+    kind: ClassVar[str] = "sketched"
+
+    def __init__(self, layers: list[Layer], curvature: Layerwise, facts: dict[str, Any]):
+        super().__init__(layers)
+        self.facts, self.damping = facts, Damping(**facts["damping"])
+        used: dict[str, Tensor] = {}
+        sides: dict[str, Sides] = {}
+        for layer in layers:
+            eigenvalues = curvature.eigenvalues[layer.name].reshape(layer.shape)
+            Q_A, Q_G = curvature.bases[layer.name]
+            rho = self.damping.absolute(mean_of(eigenvalues))
+            u, v = separable(1 / (eigenvalues.double() + rho), eigenvalues, 1)
+            out, in_ = facts["ranks"][layer.name]
+            mix = partial(_mixture, seed=facts["seed"], groups=layer.shape[0])
+            sides[layer.name] = (
+                mix(f"out:{layer.name}", out, Q_G, u[0].abs().sqrt()),
+                mix(f"in:{layer.name}", in_, Q_A, v[0].abs().sqrt()),
+            )
+            used[f"eigenvalues:{layer.name}"] = eigenvalues
+            used |= {f"{i}:{layer.name}": q for i, q in enumerate((Q_A, Q_G)) if q is not None}
+        self.projection = TwoSided(sides=sides)
+        self._digest = fingerprint_tensors((k, v.contiguous()) for k, v in used.items())
+
+    def width(self, layer: Layer) -> int:
+        return self.projection.width(layer)
+
+    def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
+        return self.projection(layer, block)
+
+    def clear(self) -> None:
+        self.projection.clear()
+
+    def record(self) -> dict[str, Any]:
+        facts = {"kind": self.kind} | self.facts
+        return facts | {"fingerprint": fingerprint_json([facts, self._digest])}
+
+
+def _mixture(
+    name: str, kept: int, basis: Tensor | None, scale: Tensor, *, seed: int, groups: int
+) -> Tensor:
+    """R diag(scale) Qᵀ, (groups?, kept, whole), with R random, or the identity where nothing is left out."""
+    whole = scale.shape[-1]
+    if kept < whole:
+        key = int(noise.keys([name])[0])
+        R = random_matrix(groups * kept, range(whole), seed=seed, key=key) / kept**0.5
+    else:
+        R = torch.eye(whole).repeat(groups, 1)
+    mixed = R.unflatten(0, (groups, kept)).double() * scale.double()[:, None]
+    basis = None if basis is None else basis.double().reshape(-1, whole, whole)
+    mixed = mixed if basis is None else mixed @ basis.mT
+    mixed = mixed.to(scale.dtype if scale.dtype == torch.float64 else torch.float32)
+    return mixed[0] if groups == 1 else mixed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whitened:
+    """Rows whose plain inner product is the influence through a fit's layerwise curvature, in few coordinates.
+
+    Args:
+        rank: The square root of how many coordinates are kept of a layer on average; None keeps all, and then nothing
+            is lost.
+        ranks: (out, in) of single layers, by name: as many as their product are kept.
+        reach: Leading coordinates are looked for among so many columns of each side. Wider costs little time and no
+            bytes, and finds far more.
         damping: As for `headwater.trace.Influence`.
-        choose: Columns by the influence they carry, or by their eigenvalues.
+        sides: The "leading" coordinates, "random" mixtures of all, or "auto": what is better on a sample.
+        choose: Leading by the influence that coordinates carry, or by their eigenvalues.
+        seed: Seed of random mixtures.
     """
 
     rank: int | None = 16
     ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    reach: int = 64
     damping: str | float | Damping = "auto"
+    sides: How = "auto"
     choose: Choice = "influence"
+    seed: int = 0
 
     def __post_init__(self):
         _check_ranks(self.rank, self.ranks)
+        if self.reach < 1:
+            raise ValueError(f"reach must be 1 or more; got {self.reach}.")
 
-    def space(self, fit: Fit) -> WhitenedSpace:
-        """The coordinates over a fit.
+    def spaces(self, fit: Fit) -> list[Space]:
+        """The coordinates over a fit that come into question.
 
         Raises:
-            ValueError: The fit's curvature has no eigenbasis for each layer.
+            ValueError: The fit's curvature has no eigenbasis for each layer, or no leading coordinates.
         """
         curvature, layers = _layerwise(fit, "Whitened"), list(fit.followed)
-        if curvature_is_flat(curvature) and any(
-            _ranks(x, self.rank, self.ranks) != x.shape[1:] for x in layers
-        ):
+        ranks = {x.name: _ranks(x, self.rank, self.ranks) for x in layers}
+        if all(ranks[x.name] == x.shape[1:] for x in layers):
+            return [self._leading(fit, curvature, ranks)]
+        if curvature_is_flat(curvature):
             raise ValueError(
                 "All eigenvalues of the fit's curvature are alike, so that no coordinates lead; build with LoGra(), "
                 "whose random sides keep a part of each, or fit with curvature='ekfac'."
             )
-        damping, columns = fit.damping(self.damping), {}
+        found: list[Space] = []
+        if self.sides in ("auto", "leading"):
+            found.append(self._leading(fit, curvature, ranks))
+        if self.sides in ("auto", "random"):
+            facts = {
+                "damping": vars(fit.damping(self.damping)),
+                "seed": self.seed,
+                "ranks": {name: list(pair) for name, pair in ranks.items()},
+            }
+            found.append(SketchedSpace(layers, curvature, facts))
+        return found
+
+    def _leading(
+        self, fit: Fit, curvature: Layerwise, ranks: dict[str, tuple[int, int]]
+    ) -> WhitenedSpace:
+        layers, damping = list(fit.followed), fit.damping(self.damping)
+        kept: dict[str, Kept] = {}
+        weights: dict[str, Tensor] = {}
         for layer in layers:
-            eigenvalues = curvature.eigenvalues[layer.name].reshape(layer.shape)
+            name, (out, in_) = layer.name, ranks[layer.name]
+            eigenvalues = curvature.eigenvalues[name].reshape(layer.shape).double()
             rho = damping.absolute(mean_of(eigenvalues))
-            by_influence = self.choose == "influence"
-            weight = effective(eigenvalues.double(), rho) if by_influence else eigenvalues
-            columns[layer.name] = _columns(layer, weight, *_ranks(layer, self.rank, self.ranks))
-        return WhitenedSpace(layers, curvature, damping, columns)
+            weight = effective(eigenvalues, rho) if self.choose == "influence" else eigenvalues
+            reach = (
+                min(max(out, self.reach), layer.shape[1]),
+                min(max(in_, self.reach), layer.shape[2]),
+            )
+            kept[name] = Kept(*_columns(layer, weight, *reach))
+            weights[name] = kept[name].block(weight)
+        alone = {name: ranks[name] for name in self.ranks if name in weights}
+        pools = [[name] for name in alone] + [[name for name in weights if name not in alone]]
+        for pool in pools:
+            shapes = {layer.name: layer.shape[0] for layer in layers if layer.name in pool}
+            budget = sum(groups * ranks[n][0] * ranks[n][1] for n, groups in shapes.items())
+            for name, chosen in _heaviest({n: weights[n] for n in pool}, budget).items():
+                kept[name] = replace(kept[name], chosen=chosen)
+        return WhitenedSpace(layers, curvature, damping, kept)
+
+
+def _heaviest(weights: Mapping[str, Tensor], n: int) -> dict[str, Tensor | None]:
+    """Numbers of the n largest weights of several layers together, ascending; None where a layer keeps all."""
+    if not weights:
+        return {}
+    every = torch.cat([w.flatten() for w in weights.values()])
+    mask = torch.zeros(len(every), dtype=torch.bool)
+    mask[every.topk(min(n, len(every))).indices] = True
+    parts = mask.split([w.numel() for w in weights.values()])
+    return {
+        name: None if bool(part.all()) else part.nonzero().flatten()
+        for name, part in zip(weights, parts, strict=True)
+    }
 
 
 class LoGraSpace(Space):
@@ -312,7 +480,7 @@ class LoGra:
     def __post_init__(self):
         _check_ranks(self.rank, self.ranks)
 
-    def space(self, fit: Fit) -> LoGraSpace:
+    def spaces(self, fit: Fit) -> list[Space]:
         """The coordinates over a fit.
 
         Raises:
@@ -331,7 +499,7 @@ class LoGra:
             "damping": vars(damping),
             "ranks": {layer.name: list(_ranks(layer, self.rank, self.ranks)) for layer in layers},
         }
-        return logra_space(fit, facts)
+        return [logra_space(fit, facts)]
 
 
 def logra_space(
@@ -393,7 +561,9 @@ def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
         name: tuple(None if c is None else torch.tensor(c) for c in both)
         for name, both in facts.pop("columns", {}).items()
     }
-    if (names := set(columns) | set(facts.get("ranks", {}))) != {x.name for x in layers}:
+    kept = {name: Kept.of(each) for name, each in facts.pop("kept", {}).items()}
+    names = set(columns) | set(kept) | set(facts.get("ranks", {}))
+    if names != {x.name for x in layers}:
         odd = sorted(names ^ {x.name for x in layers})
         raise ArtifactMismatch(
             f"The index in {folder} covers {len(names)} layers, the fit follows {len(layers)} (differing: "
@@ -402,7 +572,9 @@ def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
     try:
         if record["kind"] == WhitenedSpace.kind:
             curvature = _layerwise(fit, "The index")
-            space: Space = WhitenedSpace(layers, curvature, Damping(**facts["damping"]), columns)
+            space: Space = WhitenedSpace(layers, curvature, Damping(**facts["damping"]), kept)
+        elif record["kind"] == SketchedSpace.kind:
+            space = SketchedSpace(layers, _layerwise(fit, "The index"), facts)
         else:
             space = logra_space(fit, facts, columns or None)
     except (ValueError, RuntimeError, IndexError) as error:
@@ -419,15 +591,14 @@ def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
 
 
 def kept_share(space: Space, fit: Fit) -> float | None:
-    r"""Share of $\sum \lambda / (\lambda + \rho)$ over all coordinates that the kept ones hold; None for LoGra."""
+    r"""Share of the whole $\sum \lambda / (\lambda + \rho)$ that leading coordinates hold; None for random sides."""
     if not isinstance(space, WhitenedSpace) or not isinstance(fit.curvature, Layerwise):
         return None
     kept = whole = 0.0
     for layer in space.layers:
         eigenvalues = fit.curvature.eigenvalues[layer.name].reshape(layer.shape).double()
         weight = effective(eigenvalues, space.damping.absolute(mean_of(eigenvalues)))
-        out, in_ = space.columns[layer.name]
-        kept += float(_chosen(_chosen(weight, out, -2), in_, -1).sum())
+        kept += float(space.kept[layer.name].block(weight).sum())
         whole += float(weight.sum())
     return kept / max(whole, 1e-300)
 

@@ -1,14 +1,18 @@
 """Rows of the index: their inner products are influences, and what is kept of them is what was asked for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from headwater.core.capture import plan_batches
-from headwater.core.curvature import EKFAC, Dual, Identity
+from headwater.core.curvature import EKFAC, KFAC, Dual, Identity, Layerwise
 from headwater.core.damping import Damping, Inverse
 from headwater.core.fit import fit
 from headwater.core.index import GradientIndex, LoGra, Whitened
-from headwater.core.index.spaces import best_rectangle, kept_share
+from headwater.core.index.answers import project
+from headwater.core.index.spaces import Kept, SketchedSpace, best_rectangle, kept_share
+from headwater.core.target import Loss
 from headwater.trace import Influence
 from tests.curvature_cases import EVERY, autograd_rows, case, shared, side_by_side
 from tests.index_cases import EVERYTHING, LAYERWISE, built
@@ -39,7 +43,7 @@ def test_at_full_rank_the_scores_are_those_of_influence(name, method, tmp_path):
 def test_kept_coordinates_are_those_of_the_whole_row(name):
     """A restricted space is the whole one with columns left out, for gradients dense and factored."""
     fitted = shared(name).fitted(EKFAC())
-    whole, few = EVERYTHING.space(fitted), Whitened(rank=2, damping=0.01).space(fitted)
+    whole, few = EVERYTHING.spaces(fitted)[0], Whitened(rank=2, damping=0.01).spaces(fitted)[0]
     data = fitted.train
     from headwater.core.capture import sweep
     from headwater.core.gradients import CollectGradients
@@ -51,14 +55,55 @@ def test_kept_coordinates_are_those_of_the_whole_row(name):
         for layer in fitted.followed:
             block = gradients.blocks[layer.name]
             full = whole(layer, block).view(len(block), *layer.shape)
-            out, in_ = few.columns[layer.name]
-            for group in range(layer.shape[0]):
-                part = full[:, group]
-                part = part if out is None else part[:, out[group]]
-                part = part if in_ is None else part[:, :, in_[group]]
-                found = few(layer, block).view(len(block), layer.shape[0], -1)[:, group]
-                torch.testing.assert_close(found, part.flatten(1))
-            assert few.width(layer) <= 4 * layer.shape[0]
+            kept = few.kept[layer.name]
+            expected = torch.stack([kept.block(row) for row in full])
+            torch.testing.assert_close(few(layer, block), expected)
+    assert sum(few.widths.values()) <= sum(4 * layer.shape[0] for layer in fitted.followed)
+    again = {name: Kept.of(kept.record()) for name, kept in few.kept.items()}
+    for name, kept in few.kept.items():
+        for a, b in (
+            (kept.out, again[name].out),
+            (kept.in_, again[name].in_),
+            (kept.chosen, again[name].chosen),
+        ):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_random_mixtures_are_right_on_average_where_the_inverse_is_separable():
+    """With one eigenvalue a layer the separable inverse is exact, and only the mixture errs."""
+    fitted = shared("positions").fitted(KFAC())
+    flat = replace(fitted, curvature=Layerwise(
+        fitted.curvature.bases,
+        {k: 0.3 * torch.ones_like(v) for k, v in fitted.curvature.sums.items()},
+        torch.tensor([1.0]),
+    ))  # fmt: skip
+    rows = {s: project(flat, s, flat.train, Loss()) for s in EVERYTHING.spaces(flat)}
+    (whole,) = (r @ r.mT for r in rows.values())
+    facts = {"damping": vars(Damping(0.01)), "ranks": {x.name: [3, 3] for x in flat.followed}}
+    grams = []
+    for seed in range(40):
+        space = SketchedSpace(list(flat.followed), flat.curvature, facts | {"seed": seed})
+        r = project(flat, space, flat.train, Loss())
+        grams.append(r @ r.mT)
+    error = torch.stack(grams).mean(0) - whole
+    spread = torch.stack(grams).std(0) / 40**0.5
+    assert float(error.norm()) < 2.5 * float(spread.norm())  # entries are correlated
+    assert float(error.norm()) < 0.4 * float(whole.norm())
+
+
+def test_whole_sides_of_mixtures_with_a_separable_inverse_lose_nothing():
+    fitted = shared("mlp").fitted(KFAC())
+    sums = {k: torch.ones_like(v) for k, v in fitted.curvature.sums.items()}
+    flat = replace(fitted, curvature=Layerwise(fitted.curvature.bases, sums, torch.tensor([1.0])))
+    facts = {
+        "damping": vars(Damping(0.5)),
+        "seed": 0,
+        "ranks": {x.name: list(x.shape[1:]) for x in flat.followed},
+    }
+    space = SketchedSpace(list(flat.followed), flat.curvature, facts)
+    (whole,) = EVERYTHING.spaces(flat)
+    a, b = (project(flat, s, flat.train, Loss()) for s in (space, whole))
+    torch.testing.assert_close(a @ a.mT * 1.5, b @ b.mT * 1.01)
 
 
 def test_logra_with_whole_sides_stores_gradients_and_scores_by_the_dense_empirical_fisher(tmp_path):
@@ -85,7 +130,7 @@ def test_logra_with_whole_sides_stores_gradients_and_scores_by_the_dense_empiric
 def test_logra_of_some_rank_equals_its_formula_on_autograd_rows(tmp_path):
     kind = LoGra(rank=2, seed=3, damping="0.1 relative")
     fitted, index = built(tmp_path, "positions", Identity(), kind=kind)
-    space, n = kind.space(fitted), len(fitted.train)
+    space, n = kind.spaces(fitted)[0], len(fitted.train)
     rows = autograd_rows(fitted, fitted.task.loss, fitted.train)
     asked = autograd_rows(fitted, fitted.task.measurement, shared("positions").query)
     total = 0.0
@@ -141,7 +186,7 @@ def test_neither_padding_nor_batches_change_rows(kind, tmp_path):
 
 def test_pca_sides_are_leading_eigenvectors_and_need_factors(tmp_path):
     fitted, _ = built(tmp_path, "mlp", kind=LoGra(rank=2, init="pca"))
-    space = LoGra(rank=2, init="pca").space(fitted)
+    space = LoGra(rank=2, init="pca").spaces(fitted)[0]
     layer = fitted.followed.layers[0]
     P_out, _ = space.projection.sides(layer)
     Q_G = fitted.curvature.bases[layer.name][1]
@@ -149,18 +194,18 @@ def test_pca_sides_are_leading_eigenvectors_and_need_factors(tmp_path):
     dual = shared("mlp").fitted(Dual())
     for kind in (LoGra(init="pca"), Whitened()):
         with pytest.raises(ValueError, match="eigenbasis for each layer"):
-            kind.space(dual)
+            kind.spaces(dual)
 
 
 def test_a_curvature_without_leading_directions_is_refused_below_full_rank():
     fitted = shared("mlp").fitted(Identity())
     with pytest.raises(ValueError, match="LoGra"):
-        Whitened(rank=2, damping=0.1).space(fitted)
+        Whitened(rank=2, damping=0.1).spaces(fitted)[0]
 
 
 def test_damping_that_only_a_curvature_could_give_is_refused_by_logra():
     with pytest.raises(ValueError, match="curvature of its own"):
-        LoGra(damping="auto").space(shared("mlp").fitted(EKFAC()))
+        LoGra(damping="auto").spaces(shared("mlp").fitted(EKFAC()))
 
 
 def test_wide_rows_of_few_examples_are_warned_of(tmp_path):
@@ -170,11 +215,11 @@ def test_wide_rows_of_few_examples_are_warned_of(tmp_path):
 
 def test_columns_are_chosen_by_the_influence_they_carry():
     fitted = shared("mlp").fitted(EKFAC())
-    share = kept_share(Whitened(rank=2, damping=0.01).space(fitted), fitted)
-    by_eigenvalue = Whitened(rank=2, damping=0.01, choose="eigenvalue").space(fitted)
+    share = kept_share(Whitened(rank=2, damping=0.01).spaces(fitted)[0], fitted)
+    by_eigenvalue = Whitened(rank=2, damping=0.01, choose="eigenvalue").spaces(fitted)[0]
     assert share >= kept_share(by_eigenvalue, fitted) - 1e-12
     assert 0 < share < 1
-    assert kept_share(EVERYTHING.space(fitted), fitted) == pytest.approx(1)
+    assert kept_share(EVERYTHING.spaces(fitted)[0], fitted) == pytest.approx(1)
 
 
 def test_the_best_rectangle_of_a_product_is_its_largest_factors():
@@ -219,7 +264,7 @@ class Bottleneck(torch.nn.Module):
 def test_hooked_rows_equal_the_gradients_of_a_bottleneck_beside_each_layer(tmp_path):
     kind = LoGra(rank=2, seed=1)
     fitted, index = built(tmp_path, "positions", Identity(), kind=kind)
-    space, n = kind.space(fitted), len(fitted.train)
+    space, n = kind.spaces(fitted)[0], len(fitted.train)
     model = case("positions").model
     x, y = fitted.train.batch(range(n))
     plain = model(x)
