@@ -6,9 +6,8 @@ r"""What a row of the index is: the coordinates in which an inner product of two
 $$\nabla_q^\top (C + \rho I)^{-1} \nabla_n = \langle \varphi(\nabla_q), \varphi(\nabla_n) \rangle .$$
 
 A few coordinates are kept. One of the training gradients has the second moment $\lambda / (\lambda + \rho)$ (Choe et
-al. 2024, arXiv:2405.13954, lemma 1), so the kept ones are those with the most of it, of all layers together, within the
-leading columns of each side. They make no rectangle: with $\Lambda_{ij} \approx a_i b_j$ the largest lie along both
-edges.
+al. 2024, arXiv:2405.13954, lemma 1), so the kept ones are those with the most of it, of all layers together. They make
+no rectangle of leading columns: often a few columns of the inputs go with every column of the outputs.
 
 Where influence is spread over far more coordinates than are kept, random mixtures of all may say more than a few
 leading ones. With $1 / (\Lambda + \rho) \approx u v^\top$ the whitened gradient is about
@@ -23,7 +22,7 @@ assumed, and no curvature has to be fitted. Rows are kept as they are and querie
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -123,8 +122,8 @@ class Kept:
         chosen: Numbers of the coordinates kept in the block of those columns, or None for all.
     """
 
-    out: Int[Tensor, "group kept"] | None = None
-    in_: Int[Tensor, "group kept"] | None = None
+    out: Int[Tensor, "group k_out"] | None = None
+    in_: Int[Tensor, "group k_in"] | None = None
     chosen: Int[Tensor, " number"] | None = None
 
     def block(self, x: Float[Tensor, "group out in"]) -> Float[Tensor, " number"]:
@@ -146,7 +145,7 @@ class Kept:
     def of(cls, record: Sequence[Any]) -> "Kept":
         """The inverse of `record`."""
         out, in_, stretches = record
-        sides = (None if c is None else torch.tensor(c) for c in (out, in_))
+        sides = (None if c is None else torch.tensor(c, dtype=torch.int64) for c in (out, in_))
         numbers = None
         if stretches is not None:
             parts = [torch.arange(a, b) for a, b in stretches]
@@ -177,7 +176,6 @@ class WhitenedSpace(Space):
         self.damping, self.kept = damping, dict(kept)
         self._sides: dict[str, Sides] = {}
         self._scales: dict[str, Tensor] = {}
-        self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
         used: dict[str, Tensor] = {}
         for layer in layers:
             eigenvalues = curvature.eigenvalues[layer.name].reshape(layer.shape)
@@ -207,23 +205,39 @@ class WhitenedSpace(Space):
         scale, chosen = self._scales[layer.name], self.kept[layer.name].chosen
         if not len(scale):
             return torch.zeros(len(block), 0, dtype=block.dtype, device=block.device)
-        if isinstance(block, Factored):
-            g = _read(block.g, out)
-            rows = kronecker.gradient(self._input(block.a, in_), g).movedim(-3, 0)
-        else:
-            rows = _read(_read(block, in_, 1).mT, out, 1).mT
-        rows = rows.flatten(1)
+        rows = self._products(block, out, in_).flatten(1)
         rows = rows if chosen is None else rows.index_select(1, chosen.to(rows.device))
         return rows.mul_(scale.to(rows))
 
-    def _input(self, a: Tensor, side: Tensor | None) -> Tensor:
-        """The kept coordinates of an input, made once for layers that read the same tensor one after the other."""
-        if self._last is None or self._last[0] is not a or self._last[1] is not side:
-            self._last = a, side, _read(a, side)
-        return self._last[2]
+    def _products(
+        self, block: Block, out: Tensor | None, in_: Tensor | None
+    ) -> Float[Tensor, "n *groups out in"]:
+        r"""$P_\text{out}^\top G P_\text{in}$ in the order of contraction that needs the fewest multiplications.
 
-    def clear(self) -> None:
-        self._last = None
+        A side of few columns is projected first and the sum over positions taken; the other side is then projected
+        once for each example instead of once for each position.
+        """
+        if not isinstance(block, Factored):
+            return _read(_read(block, in_, 1).mT, out, 1).mT
+        a, g, pos = block.a, block.g, block.pos
+        (d_in, k_in), (d_out, k_out) = _sizes(in_, a), _sizes(out, g)
+        by_in, by_out = d_in * k_in * (in_ is not None), d_out * k_out * (out is not None)
+        both = pos * (by_in + by_out + k_in * k_out)
+        in_first = pos * (by_in + d_out * k_in) + k_in * by_out
+        out_first = pos * (by_out + d_in * k_out) + k_out * by_in
+        if both <= min(in_first, out_first):
+            return kronecker.gradient(_read(a, in_), _read(g, out)).movedim(-3, 0)
+        if in_first <= out_first:
+            half = kronecker.gradient(_read(a, in_), g).mT  # (in, whole out) of each example
+            return _read(half, out).mT.movedim(-3, 0)
+        half = kronecker.gradient(a, _read(g, out))
+        return _read(half, in_).movedim(-3, 0)
+
+
+def _sizes(side: Tensor | None, x: Tensor) -> tuple[int, int]:
+    """Whole and kept size of a side."""
+    whole = x.shape[-1]
+    return whole, whole if side is None else side.shape[-1]
 
 
 def _chosen(x: Tensor, columns: Tensor | None, axis: int) -> Tensor:
@@ -332,8 +346,7 @@ class Whitened:
         rank: The square root of how many coordinates are kept of a layer on average; None keeps all, and then nothing
             is lost.
         ranks: (out, in) of single layers, by name: as many as their product are kept.
-        reach: Leading coordinates are looked for among so many columns of each side. Wider costs little time and no
-            bytes, and finds far more.
+        reach: Most columns of the narrower side of a layer that leading coordinates may lie in: it bounds the time.
         damping: As for `headwater.trace.Influence`.
         sides: The "leading" coordinates, "random" mixtures of all, or "auto": what is better on a sample.
         choose: Leading by the influence that coordinates carry, or by their eigenvalues.
@@ -384,41 +397,90 @@ class Whitened:
         self, fit: Fit, curvature: Layerwise, ranks: dict[str, tuple[int, int]]
     ) -> WhitenedSpace:
         layers, damping = list(fit.followed), fit.damping(self.damping)
-        kept: dict[str, Kept] = {}
         weights: dict[str, Tensor] = {}
         for layer in layers:
-            name, (out, in_) = layer.name, ranks[layer.name]
-            eigenvalues = curvature.eigenvalues[name].reshape(layer.shape).double()
+            eigenvalues = curvature.eigenvalues[layer.name].reshape(layer.shape)
             rho = damping.absolute(mean_of(eigenvalues))
-            weight = effective(eigenvalues, rho) if self.choose == "influence" else eigenvalues
-            reach = (
-                min(max(out, self.reach), layer.shape[1]),
-                min(max(in_, self.reach), layer.shape[2]),
-            )
-            kept[name] = Kept(*_columns(layer, weight, *reach))
-            weights[name] = kept[name].block(weight)
-        alone = {name: ranks[name] for name in self.ranks if name in weights}
-        pools = [[name] for name in alone] + [[name for name in weights if name not in alone]]
-        for pool in pools:
-            shapes = {layer.name: layer.shape[0] for layer in layers if layer.name in pool}
-            budget = sum(groups * ranks[n][0] * ranks[n][1] for n, groups in shapes.items())
-            for name, chosen in _heaviest({n: weights[n] for n in pool}, budget).items():
-                kept[name] = replace(kept[name], chosen=chosen)
+            by_influence = self.choose == "influence"
+            weights[layer.name] = effective(eigenvalues, rho) if by_influence else eigenvalues
+        budgets = {x.name: x.shape[0] * prod(ranks[x.name]) for x in layers}
+        alone = [[name] for name in self.ranks if name in weights]
+        kept: dict[str, Kept] = {}
+        for pool in [*alone, [name for name in weights if name not in self.ranks]]:
+            own = {name: weights[name] for name in pool}
+            kept |= heaviest(own, sum(budgets[name] for name in pool), reach=self.reach)
         return WhitenedSpace(layers, curvature, damping, kept)
 
 
-def _heaviest(weights: Mapping[str, Tensor], n: int) -> dict[str, Tensor | None]:
-    """Numbers of the n largest weights of several layers together, ascending; None where a layer keeps all."""
+_MOST = 16  # times its share of the numbers that one layer may keep
+
+
+def heaviest(
+    weights: Mapping[str, Float[Tensor, "group out in"]], n: int, *, reach: int
+) -> dict[str, Kept]:
+    """The n coordinates of the largest weights of several layers together, few of their columns on one side.
+
+    Args:
+        weights: Weight of each coordinate of each layer.
+        n: How many are kept in all.
+        reach: Most columns on the narrower side of a layer.
+    """
     if not weights:
         return {}
-    every = torch.cat([w.flatten() for w in weights.values()])
+    most = -(-_MOST * n // len(weights))
+    rough = _largest(weights, n, most)
+    narrow = {name: _narrowed(w, rough[name], reach) for name, w in weights.items()}
+    chosen = _largest(narrow, n, most)
+    return {name: _kept(w.shape, chosen[name]) for name, w in weights.items()}
+
+
+def _largest(weights: Mapping[str, Tensor], n: int, most: int) -> dict[str, Tensor]:
+    """Numbers of the n largest weights of several layers together, ascending; at most `most` of a layer."""
+    some = {name: w.flatten().topk(min(most, w.numel())) for name, w in weights.items()}
+    every = torch.cat([best.values for best in some.values()])
     mask = torch.zeros(len(every), dtype=torch.bool)
     mask[every.topk(min(n, len(every))).indices] = True
-    parts = mask.split([w.numel() for w in weights.values()])
+    parts = mask.split([len(best.values) for best in some.values()])
     return {
-        name: None if bool(part.all()) else part.nonzero().flatten()
-        for name, part in zip(weights, parts, strict=True)
+        name: best.indices[part].sort().values
+        for (name, best), part in zip(some.items(), parts, strict=True)
     }
+
+
+def _narrowed(weight: Tensor, chosen: Tensor, reach: int) -> Tensor:
+    """Weights with all but `reach` columns of the narrower side taken away, where both sides have more."""
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[chosen] = True
+    mask = mask.view(weight.shape)
+    counts = [mask.sum(axis).double() for axis in (-1, -2)]  # of out columns, of in columns
+    used = [int((c > 0).sum(-1).max()) for c in counts]
+    if min(used) <= reach:
+        return weight
+    axis = 0 if used[0] <= used[1] else 1
+    best = counts[axis].topk(reach, dim=-1).indices
+    stays = torch.zeros_like(counts[axis], dtype=torch.bool).scatter_(-1, best, True)
+    return weight * (stays[..., :, None] if axis == 0 else stays[..., None, :])
+
+
+def _kept(shape: torch.Size, chosen: Tensor) -> Kept:
+    """Columns that some coordinates use, and the coordinates' numbers in the block of these."""
+    groups, out, in_ = shape
+    if len(chosen) == groups * out * in_:
+        return Kept()
+    mask = torch.zeros(groups * out * in_, dtype=torch.bool)
+    mask[chosen] = True
+    mask = mask.view(shape)
+    rows, columns = (_used(mask.any(axis)) for axis in (-1, -2))
+    block = _chosen(_chosen(mask, rows, -2), columns, -1).flatten()
+    return Kept(rows, columns, None if bool(block.all()) else block.nonzero().flatten())
+
+
+def _used(mask: Tensor) -> Tensor | None:
+    """Numbers of the used columns of each group, as many for each; None where all are used."""
+    most = int(mask.sum(-1).max())
+    if most == mask.shape[-1]:
+        return None
+    return mask.int().topk(most, dim=-1).indices.sort(-1).values
 
 
 class LoGraSpace(Space):
@@ -558,7 +620,7 @@ def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
     facts = {k: v for k, v in record.items() if k not in ("fingerprint", "kind")}
     layers = list(fit.followed)
     columns = {
-        name: tuple(None if c is None else torch.tensor(c) for c in both)
+        name: tuple(None if c is None else torch.tensor(c, dtype=torch.int64) for c in both)
         for name, both in facts.pop("columns", {}).items()
     }
     kept = {name: Kept.of(each) for name, each in facts.pop("kept", {}).items()}

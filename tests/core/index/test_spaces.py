@@ -9,9 +9,17 @@ from headwater.core.capture import plan_batches
 from headwater.core.curvature import EKFAC, KFAC, Dual, Identity, Layerwise
 from headwater.core.damping import Damping, Inverse
 from headwater.core.fit import fit
+from headwater.core.gradients import Factored
 from headwater.core.index import GradientIndex, LoGra, Whitened
 from headwater.core.index.answers import project
-from headwater.core.index.spaces import Kept, SketchedSpace, best_rectangle, kept_share
+from headwater.core.index.spaces import (
+    Kept,
+    SketchedSpace,
+    WhitenedSpace,
+    best_rectangle,
+    heaviest,
+    kept_share,
+)
 from headwater.core.target import Loss
 from headwater.trace import Influence
 from tests.curvature_cases import EVERY, autograd_rows, case, shared, side_by_side
@@ -278,3 +286,46 @@ def test_hooked_rows_equal_the_gradients_of_a_bottleneck_beside_each_layer(tmp_p
     order = torch.tensor(index.numbers()).argsort()
     stored = index.rows(torch.arange(n))[order]
     torch.testing.assert_close(stored.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_heaviest_coordinates_of_all_layers_are_kept():
+    """Without a limit on columns they are those of a plain sort."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (1, 6, 9), "b": (2, 4, 5), "c": (1, 3, 1)}
+    weights = {k: torch.rand(s, generator=generator) for k, s in shapes.items()}
+    found = heaviest(weights, 30, reach=9)
+    least = torch.cat([w.flatten() for w in weights.values()]).sort(descending=True).values[29]
+    for name, w in weights.items():
+        mask = torch.zeros_like(w)
+        kept = found[name]
+        ones = kept.block(w)
+        assert float(ones.min()) >= float(least) and len(ones) == int((w >= least).sum())
+        assert mask.shape == w.shape
+    few = heaviest(weights, 30, reach=2)
+    for name, w in weights.items():
+        used = [
+            w.shape[i] if c is None else c.shape[1]
+            for i, c in ((1, few[name].out), (2, few[name].in_))
+        ]
+        assert min(used) <= 2
+    assert sum(len(k.block(weights[n])) for n, k in few.items()) == 30
+
+
+def test_every_order_of_contraction_gives_the_same_rows():
+    layer = shared("positions").fitted(EKFAC()).followed.layers[0]
+    fitted = shared("positions").fitted(EKFAC())
+    for n_out, n_in in ((1, layer.shape[2]), (layer.shape[1], 1), (2, 2)):
+        kept = {
+            x.name: Kept(
+                torch.arange(min(n_out, x.shape[1]))[None],
+                torch.arange(min(n_in, x.shape[2]))[None],
+            )
+            for x in fitted.followed
+        }
+        space = WhitenedSpace(list(fitted.followed), fitted.curvature, Damping(0.1), kept)
+        for pos in (1, 4, 50):
+            block = Factored(
+                torch.randn(3, pos, layer.shape[2]).double(),
+                torch.randn(3, pos, layer.shape[1]).double(),
+            )
+            torch.testing.assert_close(space(layer, block), space(layer, block.dense()))
