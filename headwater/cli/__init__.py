@@ -14,6 +14,7 @@ COMMANDS: dict[str, str] = {
     "doctor": "prove on a few examples that the numbers will be right",
     "plan": "say what a fit and a trace will take on this machine",
     "fit": "fit the curvature of a model over its training data, into a run folder",
+    "index": "make the training data's rows once, so that questions take milliseconds",
     "trace": "which training examples raised or lowered a completion",
     "timeline": "when in a fine-tuning a completion was learnt, and from which examples",
     "verify": "retrain without the named examples: predicted beside actual",

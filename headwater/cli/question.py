@@ -88,14 +88,14 @@ def asked_queries(
     return examples
 
 
-def as_asked(question: Question) -> tuple[dict[str, Any], str]:
+def as_asked(question: Question, more: Sequence[Any] = ()) -> tuple[dict[str, Any], str]:
     """The question as the run's record keeps it, and a digest of it and of all that its answer depends on."""
     from headwater.core.fingerprint import fingerprint_json
 
     if not (question.run / RUN).is_file():
         run_session(question.run)  # says what is missing
     asked = {k: v for k, v in to_json(question).items() if k not in ("json", "run")}
-    return asked, fingerprint_json([asked, _inputs(question)])
+    return asked, fingerprint_json([asked, [*_inputs(question), *more]])
 
 
 def _inputs(question: Question) -> list[Any]:

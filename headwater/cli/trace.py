@@ -45,11 +45,15 @@ class Trace(Question):
             alternative's.
         name: Name of the trace in the run folder.
         top: How many examples to show on each side.
+        index: Look up the index made by `headwater index build`, without a pass over the training data.
+        where: With --index: metadata to look among, such as source=wiki or year=1990..1999; repeat for several.
     """
 
     rather_than: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     name: str = "trace"
     top: int = 8
+    index: bool = False
+    where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     method: Annotated[InfluenceFlags, tyro.conf.arg(name="")] = field(
         default_factory=InfluenceFlags
     )
@@ -60,6 +64,8 @@ class Trace(Question):
             raise ValueError(
                 f"Expected one alternative a prompt; got {len(self.prompt)} prompts and {len(self.rather_than)}."
             )
+        if self.where and not self.index:
+            raise ValueError("--where needs --index; without it every training example is scored.")
         if self.top < 1:
             raise ValueError(f"Expected --top of 1 or more; got {self.top}.")
         check_name(self.name, "trace")
@@ -74,6 +80,11 @@ def run(words: list[str]) -> int:
     from headwater.report.terminal import show
 
     show(evidence)
+    if command.index:
+        from headwater.cli.index import looked_up
+
+        for line in looked_up(evidence.facts):
+            say(line)
     say(f"The same as a page: {page}")
     return 0
 
@@ -85,7 +96,7 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     from headwater.report.html import write_html
 
     folder = command.run / "traces" / command.name
-    asked, digest = as_asked(command)
+    asked, digest = as_asked(command, _indexes(command))
     page = folder.with_name(f"{folder.name}.html")  # a name may hold dots
 
     def known() -> bool:
@@ -109,6 +120,15 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     return evidence, page
 
 
+def _indexes(command: Trace) -> list[str]:
+    """What an answer that is looked up depends on beside the question and the run."""
+    if not command.index:
+        return []
+    from headwater.cli.index import journal_digests
+
+    return journal_digests(command.run)
+
+
 def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
     from headwater.core.cost import peak_memory_bytes
     from headwater.core.fit import load
@@ -119,7 +139,12 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
     session, record = run_session(command.run)
     fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
     queries = asked_queries(command, session, command.rather_than)
-    method = Influence(**asdict(command.method), n_intervals=command.top)
+    method, control = Influence(**asdict(command.method), n_intervals=command.top), session.heldout
+    if command.index:
+        from headwater.cli.index import indexed
+
+        fitted, method = indexed(command.run, fitted, session, record, command.where)
+        control = None  # it has an index of its own
     known = {
         "model": "/".join(Path(record["fit"]["model"]).parts[-2:]),
         "corpus": "/".join(Path(record["fit"]["data"]).parts[-2:]),
@@ -132,12 +157,14 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
             influence=method,
             measurement=command.measurement,
             top=command.top,
-            control=session.heldout,
+            control=control,
             source=command.source,
             contrast=bool(command.rather_than),
             facts=known | facts,
             progress=progress,
         )
+    if command.index:
+        return evidence
     seconds = {"fit": fitted.facts["seconds"], "trace": evidence.facts["seconds"]}
     unit = record.get("cost", {}).get("pass_seconds")
     cost = {"cost": {name: s / unit for name, s in seconds.items()}} if unit else {}

@@ -262,15 +262,15 @@ class Scores:
 
 def to_table(ids: list[str], metadata: dict[str, list]) -> dict[str, list]:
     """Ids of examples and their metadata, as columns that a table can hold."""
-    return {"id": ids} | dict(_to_column(k, v) for k, v in metadata.items())
+    return {"id": ids} | dict(to_column(k, v) for k, v in metadata.items())
 
 
 def from_table(columns: dict[str, list]) -> tuple[list[str], dict[str, list]]:
     """Inverse of `to_table`: ids and metadata."""
-    return columns["id"], dict(_from_column(k, v) for k, v in columns.items() if k != "id")
+    return columns["id"], dict(from_column(k, v) for k, v in columns.items() if k != "id")
 
 
-def _to_column(name: str, values: list) -> tuple[str, list]:
+def to_column(name: str, values: list) -> tuple[str, list]:
     """A column of metadata as tables have it: of one type; values of several types, and nested ones, as JSON."""
     kinds = {type(v) for v in values if v is not None}
     if len(kinds) <= 1 and not kinds & {dict, list, tuple}:
@@ -278,8 +278,8 @@ def _to_column(name: str, values: list) -> tuple[str, list]:
     return f"json:{name}", [json.dumps(v, default=str) for v in values]
 
 
-def _from_column(name: str, values: list) -> tuple[str, list]:
-    """Inverse of `_to_column`."""
+def from_column(name: str, values: list) -> tuple[str, list]:
+    """Inverse of `to_column`."""
     kind, _, name = name.partition(":")
     return name, [json.loads(v) for v in values] if kind == "json" else values
 

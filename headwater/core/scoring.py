@@ -118,37 +118,34 @@ class PairScores(_Products):
         self.by_layer = {k: tensors[f"l:{k}"] for k in self.by_layer}
 
 
-class StrongestScores(_Products):
-    r"""The k largest and the k smallest inner products of each query while they stream by, and totals.
+class Strongest:
+    r"""The k largest and the k smallest scores of each query while they stream by, and totals by group.
 
-    Memory is of the order of queries times (k + groups + layers), however many examples there are.
+    Memory is of the order of queries times (k + groups), however many scores there are.
 
     Args:
-        queries: Preconditioned queries.
+        n_queries: Number of queries.
         keep: k.
         groups: Group of each example (train), or None for one group.
-        by_layer: Names of layers whose absolute parts are totalled.
+
+    Attributes:
+        totals: Sums of what is positive and of what is negative (2, query, group).
+        ends: The largest and the smallest, (query, kept) each, the strongest first.
+        index: The examples they belong to.
     """
 
-    def __init__(
-        self,
-        queries: Preconditioned,
-        keep: int,
-        *,
-        groups: Int[Tensor, " train"] | None = None,
-        by_layer: Iterable[str] = (),
-    ):
-        super().__init__(queries, by_layer)
+    def __init__(self, n_queries: int, keep: int, groups: Int[Tensor, " train"] | None = None):
         n_groups = 1 if groups is None else int(groups.max()) + 1
         self.keep, self.groups = keep, groups
         zeros = partial(torch.zeros, dtype=torch.float64)
-        self.layer_totals = {name: zeros(queries.n) for name in self.layers}
-        self.totals = zeros(2, queries.n, n_groups)  # of what is positive, of what is negative
-        self.ends = [zeros(queries.n, 0) for _ in range(2)]  # largest, smallest
-        self.index = [torch.zeros(queries.n, 0, dtype=torch.int64) for _ in range(2)]
+        self.totals = zeros(2, n_queries, n_groups)
+        self.ends = [zeros(n_queries, 0) for _ in range(2)]
+        self.index = [torch.zeros(n_queries, 0, dtype=torch.int64) for _ in range(2)]
 
-    def _store(self, scores: Tensor, index: Tensor) -> None:
+    def add(self, scores: Float[Tensor, "query row"], index: Int[Tensor, " row"]) -> None:
+        """Take scores of some examples, named by `index`."""
         group = torch.zeros_like(index) if self.groups is None else self.groups[index]
+        scores = scores.double()
         self.totals[0].index_add_(1, group, scores.clamp(min=0))
         self.totals[1].index_add_(1, group, scores.clamp(max=0))
         whole = index.expand(len(scores), -1)
@@ -162,30 +159,90 @@ class StrongestScores(_Products):
         self.ends[side], place = scores.topk(k, dim=1, largest=side == 0)
         self.index[side] = index.gather(1, place)
 
-    def _store_layer(self, name: str, part: Tensor, index: Tensor) -> None:
-        self.layer_totals[name] += part.abs().sum(1)
-
-    def merge(self, other: "StrongestScores") -> None:
+    def merge(self, other: "Strongest") -> None:
+        """Add what another one saw of other examples."""
         self.totals += other.totals
-        for name, total in other.layer_totals.items():
-            self.layer_totals[name] += total
         for side in range(2):
             self._keep(side, other.ends[side], other.index[side])
 
-    def finish(self) -> Int[Tensor, " kept"]:
+    def kept(self) -> Int[Tensor, " kept"]:
         """Numbers of all examples that are among the ends of any query, ascending."""
         return torch.cat(self.index, dim=1).unique()
 
     def tensors(self) -> dict[str, Tensor]:
+        """The state, to go on after an interruption."""
         state = {"totals": self.totals}
         state |= {f"v{i}": v for i, v in enumerate(self.ends)}
-        state |= {f"i{i}": v for i, v in enumerate(self.index)}
-        return state | {f"l:{k}": v for k, v in self.layer_totals.items()}
+        return state | {f"i{i}": v for i, v in enumerate(self.index)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        """Restore `tensors()`."""
         self.totals = tensors["totals"]
         self.ends = [tensors[f"v{i}"] for i in range(2)]
         self.index = [tensors[f"i{i}"] for i in range(2)]
+
+
+class StrongestScores(_Products):
+    r"""The strongest inner products of each query while they stream by (see `Strongest`), and totals.
+
+    Memory is of the order of queries times (k + groups + layers), however many examples there are.
+
+    Args:
+        queries: Preconditioned queries.
+        keep: How many are kept on each side.
+        groups: Group of each example (train), or None for one group.
+        by_layer: Names of layers whose absolute parts are totalled.
+    """
+
+    def __init__(
+        self,
+        queries: Preconditioned,
+        keep: int,
+        *,
+        groups: Int[Tensor, " train"] | None = None,
+        by_layer: Iterable[str] = (),
+    ):
+        super().__init__(queries, by_layer)
+        self.strongest = Strongest(queries.n, keep, groups)
+        self.layer_totals = {
+            name: torch.zeros(queries.n, dtype=torch.float64) for name in self.layers
+        }
+
+    @property
+    def totals(self) -> Float[Tensor, "2 query group"]:
+        """Sums of what is positive and of what is negative."""
+        return self.strongest.totals
+
+    @property
+    def ends(self) -> list[Tensor]:
+        """The largest and the smallest, (query, kept) each."""
+        return self.strongest.ends
+
+    @property
+    def index(self) -> list[Tensor]:
+        """The examples they belong to."""
+        return self.strongest.index
+
+    def _store(self, scores: Tensor, index: Tensor) -> None:
+        self.strongest.add(scores, index)
+
+    def _store_layer(self, name: str, part: Tensor, index: Tensor) -> None:
+        self.layer_totals[name] += part.abs().sum(1)
+
+    def merge(self, other: "StrongestScores") -> None:
+        self.strongest.merge(other.strongest)
+        for name, total in other.layer_totals.items():
+            self.layer_totals[name] += total
+
+    def finish(self) -> Int[Tensor, " kept"]:
+        """Numbers of all examples that are among the ends of any query, ascending."""
+        return self.strongest.kept()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.strongest.tensors() | {f"l:{k}": v for k, v in self.layer_totals.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.strongest.load(tensors)
         self.layer_totals = {k: tensors[f"l:{k}"] for k in self.layer_totals}
 
 

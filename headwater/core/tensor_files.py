@@ -2,7 +2,8 @@
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -61,22 +62,32 @@ def _is_text(name: str) -> bool:
         return False
 
 
+def header_of(
+    specs: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file in the safetensors format, and where each tensor's bytes start in it.
+
+    The widest numbers come first, so that each tensor begins at a multiple of its item's size.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    starts, end = {}, 0
+    for name in sorted(specs, key=lambda name: -specs[name][0].itemsize):
+        dtype, shape = specs[name]
+        starts[name], end = end, end + dtype.itemsize * prod(shape)
+        offsets = [starts[name], end]
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    lead = struct.pack("<Q", len(text)) + text
+    return lead, {name: len(lead) + start for name, start in starts.items()}
+
+
 def write_tensors(
     file: HashedFile, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write the safetensors format: length of the header, header, bytes of the tensors."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    # The widest numbers come first, so that each tensor begins at a multiple of its item's size.
-    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    end = 0
-    for name in ordered:
-        start, end = end, end + tensors[name].nbytes
-        dtype, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)))
-    file.write(text)
-    for name in ordered:
+    lead, starts = header_of({n: (t.dtype, t.shape) for n, t in tensors.items()}, metadata)
+    file.write(lead)
+    for name in starts:
         for chunk in byte_chunks(tensors[name]):
             file.write(chunk)

@@ -120,6 +120,30 @@ class TextExamples(Examples):
         return pieces(self.tokenizer, self.input_ids[index].tolist())
 
 
+def joined(parts: Sequence[TextExamples]) -> TextExamples:
+    """Examples of several sources one after the other; columns that a source lacks are None there.
+
+    Raises:
+        ValueError: An id is in two of them.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names = list(dict.fromkeys(name for part in parts for name in part.metadata))
+    return TextExamples(
+        [
+            Tokens(ids.tolist(), (labels != IGNORE).tolist())
+            for part in parts
+            for ids, labels in zip(part.input_ids, part.labels, strict=True)
+        ],
+        parts[0].tokenizer,
+        ids=[name for part in parts for name in part.ids],
+        metadata={
+            name: [v for p in parts for v in p.metadata.get(name, [None] * len(p))]
+            for name in names
+        },
+    )
+
+
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text that each token adds to those before it.
 

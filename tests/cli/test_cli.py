@@ -502,3 +502,79 @@ def test_help_is_quick_and_knows_every_command():
 def test_every_command_explains_itself(name, capsys):
     assert main([name, "--help"]) == 0
     assert "Example:" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def indexed(place, tmp_path_factory):
+    """A run folder of its own with an index, to be changed."""
+    out = tmp_path_factory.mktemp("indexed") / "run"
+    words = ["fit", str(place / "model"), str(place / "train.jsonl"), "--out", str(out)]
+    words += ["--heldout", str(place / "heldout.jsonl"), "--curvature", "ekfac", "--folds", "3"]
+    assert main(words) == 0
+    assert main(["index", "build", str(out), "--rank", "500", "--dtype", "float32"]) == 0
+    return out
+
+
+def test_a_trace_of_an_index_is_that_of_the_whole_data(indexed, capsys):
+    ask(indexed, "--name", "whole", "--top", "12", "--source", "topic")
+    capsys.readouterr()
+    ask(indexed, "--name", "fast", "--top", "12", "--source", "topic", "--index")
+    out, told = capsys.readouterr()
+    assert "Looked up 12 rows in" in told and "nats" in out
+    whole, fast = (Evidence.load(indexed / "traces" / n).answers[0] for n in ("whole", "fast"))
+    scores = [{x.example_id: x.score for _, _, x in a.ranked()} for a in (whole, fast)]
+    copies = {x.example_id: x.metadata["copies"] for _, _, x in fast.ranked()}
+    for name, score in scores[1].items():
+        assert score == pytest.approx(scores[0][name], rel=1e-3, abs=1e-5)
+    assert sum(copies.values()) == 12  # equal texts are shown as one
+    assert all(x.significance is not None for _, _, x in fast.ranked())
+    assert {s.name: s.n for s in fast.sources} == {s.name: s.n for s in whole.sources}
+
+
+def test_a_trace_of_an_index_can_look_among_some_sources(indexed):
+    words = ("--index", "--where", "topic=hills", "--name", "hills", "--top", "12")
+    ask(indexed, *words)
+    answer = Evidence.load(indexed / "traces" / "hills").answers[0]
+    assert {x.metadata["topic"] for _, _, x in answer.ranked()} == {"hills"}
+    assert ask(indexed, "--where", "topic=hills", "--name", "no") == 2
+    assert ask(indexed, "--index", "--where", "topic", "--name", "no") == 2
+
+
+def test_an_index_is_added_to_removed_from_verified_and_mended(indexed, place, capsys):
+    words = list(WORDS)
+    lines = [
+        {"id": f"new-{i}", "text": " ".join(words[i : i + 4]), "topic": "new"} for i in range(4)
+    ]
+    (place / "more.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert main(["index", "add", str(indexed), str(place / "more.jsonl")]) == 0
+    assert main(["index", "remove", str(indexed), "train-1", "--compact"]) == 0
+    assert main(["index", "remove", str(indexed), "nobody"]) == 2
+    capsys.readouterr()
+    assert main(["index", "info", str(indexed), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["rows"] == 15 and info["sources"] == 2 and info["removed"] == 0
+    ask(indexed, "--name", "more", "--top", "15", "--index")
+    found = Evidence.load(indexed / "traces" / "more").answers[0]
+    names = {x.example_id for _, _, x in found.ranked()}
+    assert names & {f"new-{i}" for i in range(4)} and "train-1" not in names
+    assert main(["index", "verify", str(indexed)]) == 0
+    path = next((indexed / "index").glob("rows-*"))
+    raw = bytearray(path.read_bytes())
+    raw[-50] ^= 1
+    path.write_bytes(raw)
+    capsys.readouterr()
+    assert main(["index", "verify", str(indexed)]) == 1
+    assert "headwater index verify" in capsys.readouterr().err
+    more = () if path.name.startswith("rows-00002") else ("--data", str(place / "more.jsonl"))
+    assert main(["index", "verify", str(indexed), "--repair", *more]) == 0
+    assert main(["index", "verify", str(indexed)]) == 0
+
+
+def test_indexes_are_merged_and_others_are_refused(indexed, tmp_path, capsys):
+    assert main(["index", "merge", str(tmp_path / "one"), str(indexed / "index-heldout")]) == 0
+    assert main(["index", "info", str(tmp_path / "one")]) == 0
+    assert "5 rows" in capsys.readouterr().err
+    assert main(["index", "build", str(indexed), "--rank", "3"]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+    assert main(["index"]) == 0 and "verify" in capsys.readouterr().out
+    assert main(["index", "burn"]) == 2

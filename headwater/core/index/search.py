@@ -1,0 +1,201 @@
+"""The exact scan: blocks of rows from the memory map, matrix products with all queries, the strongest kept.
+
+Memory is that of one block, however many rows there are: pages of the files belong to the system, which takes them
+back when it needs them.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headwater.core.cost import available_memory_bytes
+from headwater.core.index.stored import StoredRows
+from headwater.core.scores import from_column
+from headwater.core.scoring import Strongest
+
+Mode = Literal["dot", "cosine", "relatif"]
+Where = Mapping[str, Any]
+_BLOCK_BYTES = (
+    1 << 22
+)  # of decoded rows: they stay in the processor's cache until they are multiplied
+_SCORE_ROWS = 1 << 13
+
+
+def lengths(stored: StoredRows, mode: Mode) -> Float[Tensor, " row"] | None:
+    r"""What the inner product with each row is divided by; None for plain products.
+
+    "relatif" divides by the root of the row's self-influence (Barshan, Brunet and Dziugaite 2020, arXiv:2003.11630),
+    "cosine" by that of the query as well.
+    """
+    return None if mode == "dot" else stored.squares.sqrt()
+
+
+def divided(scores: Tensor, by: Tensor) -> Tensor:
+    """Quotients; zero where a row is zero."""
+    return torch.where(by > 0, scores / by.clamp(min=torch.finfo(by.dtype).tiny), 0.0)
+
+
+def blocks(
+    stored: StoredRows, wanted: Bool[Tensor, " row"] | None = None
+) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+    """Decoded rows block by block: the rows, which of the block's they are (None for all), and its first position."""
+    step = max(16, _BLOCK_BYTES // (4 * stored.encoding.dim))
+    if stored.encoding.dtype == "float32":
+        step = max(step, _SCORE_ROWS)  # nothing to decode: views will do
+    total = sum(s.layout.size for s in stored.shards)
+    resident = total < available_memory_bytes() // 4
+    for first, shard in zip(stored.starts[:-1], stored.shards, strict=True):
+        for start in range(0, len(shard), step):
+            stop = min(start + step, len(shard))
+            some = None if wanted is None else wanted[first + start : first + stop]
+            if some is None or bool(some.all()):
+                yield shard.rows(slice(start, stop)), None, first + start
+            elif bool(some.any()):
+                index = some.nonzero().flatten()
+                yield shard.rows(start + index), index, first + start
+        if not resident:
+            shard.release()
+
+
+def products(
+    stored: StoredRows, queries: Float[Tensor, "query dim"], wanted: Bool[Tensor, " row"] | None
+) -> Iterator[tuple[Float[Tensor, "query row"], Int[Tensor, " row"]]]:
+    """Inner products of the queries with the wanted rows, several blocks at once, and the rows' positions."""
+    parts: list[Tensor] = []
+    places: list[Tensor] = []
+    held = 0
+    for rows, index, first in blocks(stored, wanted):
+        parts.append(_product(queries, rows))
+        places.append(first + (torch.arange(len(rows)) if index is None else index))
+        held += len(rows)
+        if held >= _SCORE_ROWS:
+            yield torch.cat(parts, dim=1), torch.cat(places)
+            parts, places, held = [], [], 0
+    if parts:
+        yield torch.cat(parts, dim=1), torch.cat(places)
+
+
+def _product(queries: Tensor, rows: Tensor) -> Tensor:
+    if len(queries) == 1:
+        return torch.mv(rows, queries[0])[None]
+    return queries @ rows.mT
+
+
+def scan(
+    stored: StoredRows,
+    queries: Float[Tensor, "query dim"],
+    keep: int,
+    *,
+    mode: Mode = "dot",
+    wanted: Bool[Tensor, " row"] | None = None,
+    groups: Int[Tensor, " row"] | None = None,
+) -> Strongest:
+    """The strongest rows of each query on both sides, and totals over all, with positions for names.
+
+    Args:
+        stored: The index.
+        queries: Rows of the queries, ready for plain inner products.
+        keep: How many to keep on each side.
+        mode: What the products are divided by; queries are divided by the caller.
+        wanted: Rows to look at, those that are there when left out.
+        groups: Group of each position, for totals.
+    """
+    if wanted is None and len(stored) < stored.n_rows:
+        wanted = stored.live
+    found = Strongest(len(queries), keep, groups)
+    by = lengths(stored, mode)
+    for scores, places in products(stored, queries.float(), wanted):
+        found.add(scores if by is None else divided(scores, by[places]), places)
+    return found
+
+
+def matching(stored: StoredRows, where: Where | None) -> Bool[Tensor, " row"]:
+    """Which rows are there and have the metadata asked for.
+
+    Args:
+        stored: The index.
+        where: For each column a value, a list or set of values, or a pair (lowest, highest), both included, in which
+            None stands for no limit.
+
+    Raises:
+        ValueError: There is no such column, or its values cannot be compared with the limits.
+    """
+    mask = stored.live
+    for column, asked in (where or {}).items():
+        values = _column(stored, column)
+        mask = mask & _compare(values, column, asked)
+    return mask
+
+
+def _column(stored: StoredRows, name: str) -> Any:
+    import pyarrow
+
+    columns = {n.partition(":")[2]: n for n in stored.columns.column_names if ":" in n}
+    if name == "id":
+        return stored.columns.column("id")
+    if name not in columns:
+        there = ", ".join(["id", *columns])
+        raise ValueError(f"There is no metadata column {name!r} in the index; there are: {there}.")
+    full = columns[name]
+    column = stored.columns.column(full)
+    if full.startswith("meta:"):
+        return column
+    return pyarrow.array([str(v) for v in from_column(full, column.to_pylist())[1]])
+
+
+def _compare(values: Any, name: str, asked: Any) -> Tensor:
+    import pyarrow
+    import pyarrow.compute as pc
+
+    try:
+        if isinstance(asked, tuple):
+            if len(asked) != 2:
+                raise ValueError("a range is a pair (lowest, highest)")
+            low, high = asked
+            mask = pc.is_valid(values)  # type: ignore[attr-defined]
+            for limit, compare in ((low, pc.greater_equal), (high, pc.less_equal)):  # type: ignore[attr-defined]
+                if limit is not None:
+                    mask = pc.and_kleene(
+                        mask, compare(values, pyarrow.scalar(limit).cast(values.type))
+                    )  # type: ignore[attr-defined]
+        else:
+            single = isinstance(asked, str) or not isinstance(asked, Collection)
+            wanted = pyarrow.array([asked] if single else list(asked)).cast(values.type)
+            mask = pc.is_in(values, value_set=wanted)  # type: ignore[attr-defined]
+    except (pyarrow.ArrowException, ValueError, TypeError) as error:
+        raise ValueError(
+            f"The metadata column {name!r} (of {values.type}) cannot be compared with {asked!r}: {error}."
+        ) from error
+    return torch.tensor(mask.fill_null(False).to_pylist(), dtype=torch.bool)
+
+
+def clusters(
+    rows: Float[Tensor, "n dim"], *, least: float, content: list[Any] | None = None
+) -> Int[Tensor, " n"]:
+    """For each row the first of those that are near-duplicates of it, straight or through others.
+
+    Args:
+        rows: Rows.
+        least: Cosine from which two rows count as duplicates.
+        content: What the examples hold, such as their texts; equal ones are duplicates too.
+
+    Example:
+        >>> clusters(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), least=0.999).tolist()
+        [0, 1, 0]
+    """
+    unit = divided(rows, rows.norm(dim=1, keepdim=True))
+    near = unit @ unit.mT >= least
+    same: dict[Any, int] = {}
+    for i, what in enumerate(content or []):
+        near[i, same.setdefault(what, i)] = near[same[what], i] = True
+    near.fill_diagonal_(True)
+    first = torch.arange(len(rows))
+    for _ in range(len(rows)):  # labels spread along near pairs until none falls
+        lower = torch.where(near, first[None], len(rows)).amin(1)
+        if torch.equal(lower, first):
+            break
+        first = lower
+    return first

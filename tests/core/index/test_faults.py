@@ -1,0 +1,381 @@
+"""An index survives what happens to it: kills, damage, full disks, other data and models, other writers."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from headwater.core.curvature import EKFAC
+from headwater.core.files import (
+    ArtifactDamaged,
+    ArtifactError,
+    ArtifactMismatch,
+    ArtifactMissing,
+    FolderBusy,
+    OutOfDisk,
+)
+from headwater.core.fit import fit
+from headwater.core.index import GradientIndex, LoGra, Whitened
+from headwater.core.locks import FolderLock
+from tests import index_builds
+from tests.index_builds import N, build, data, small_fit
+
+
+def content(folder) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return small_fit()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, fitted):
+    """An index that nothing happened to."""
+    folder = tmp_path_factory.mktemp("index") / "whole"
+    index = build(fitted, folder)
+    assert sorted(index.numbers()) == list(range(N)) and len(index.shards) == 3
+    return folder
+
+
+@pytest.fixture
+def index(tmp_path, whole):
+    """A copy of it to be hurt."""
+    return shutil.copytree(whole, tmp_path / "index")
+
+
+class Builds:
+    """Builds in processes of their own."""
+
+    def __init__(self):
+        words = [sys.executable, "-W", "ignore", index_builds.__file__]
+        root = str(Path(index_builds.__file__).parents[1])
+        env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+        assert self.line() == "ready"
+
+    def line(self) -> str:
+        return self.process.stdout.readline().strip()
+
+    def run(self, folder, *, calls: int = 0, after: float = 0.0) -> int:
+        """How a build ended: 0, or the signal or code that ended it."""
+        self.process.stdin.write(f"{folder} {calls} {after}\n")
+        self.process.stdin.flush()
+        status = int(self.line())
+        return os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def builds():
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    made = Builds()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(builds, tmp_path_factory):
+    """What a build in one go leaves, and how long it takes."""
+    folder = tmp_path_factory.mktemp("builds") / "whole"
+    started = time.monotonic()
+    assert builds.run(folder) == 0
+    return content(folder), time.monotonic() - started
+
+
+def killed_at_random(builds, uninterrupted, tmp_path, kills: int) -> None:
+    expected, seconds = uninterrupted
+    draw, killed, folders = random.Random(kills), 0, 0
+    while killed < kills:
+        folder, folders = tmp_path / f"killed {folders}", folders + 1
+        for _ in range(4):
+            if builds.run(folder, after=draw.uniform(0.001, 0.9 * seconds)) == signal.SIGKILL:
+                killed += 1
+        assert builds.run(folder) == 0
+        assert content(folder) == expected
+    print(f"{killed} kills in {folders} builds, all byte-identical in the end")
+
+
+def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(builds, uninterrupted, tmp_path):
+    killed_at_random(builds, uninterrupted, tmp_path, 8)
+
+
+@pytest.mark.slow
+def test_fifty_killed_builds_end_in_the_same_bytes(builds, uninterrupted, tmp_path):
+    killed_at_random(builds, uninterrupted, tmp_path, 50)
+
+
+def ended_at_every(builds, uninterrupted, tmp_path, step: int) -> None:
+    expected, _ = uninterrupted
+    calls = step
+    while True:
+        folder = tmp_path / f"call {calls}"
+        ended = builds.run(folder, calls=calls)
+        if ended == 0:
+            break
+        assert ended == 9, f"ended by {ended} at call {calls}"
+        assert builds.run(folder, calls=1_000_000) == 0
+        assert content(folder) == expected, f"ended at call {calls}"
+        shutil.rmtree(folder)
+        calls += step
+    assert calls > 60
+    print(f"ended at {calls // step - 1} of {calls} system calls, all byte-identical in the end")
+
+
+def test_a_build_that_ends_between_two_writes_goes_on(builds, uninterrupted, tmp_path):
+    ended_at_every(builds, uninterrupted, tmp_path, 29)
+
+
+@pytest.mark.slow
+def test_a_build_that_ends_between_any_two_writes_goes_on(builds, uninterrupted, tmp_path):
+    ended_at_every(builds, uninterrupted, tmp_path, 1)
+
+
+def test_an_unfinished_index_is_not_read(builds, tmp_path):
+    builds.run(tmp_path / "index", calls=30)
+    with pytest.raises(ArtifactMissing, match="goes on where it stopped"):
+        GradientIndex(tmp_path / "index")
+
+
+def test_a_flipped_byte_anywhere_is_found_and_mended_or_refused(index, whole, fitted, capsys):
+    expected, draw = content(whole), random.Random(0)
+    mended = refused = 0
+    files = [p for p in sorted(index.iterdir()) if p.name != ".lock"]
+    for trial in range(30):
+        path = draw.choice(files)
+        raw = bytearray(path.read_bytes())
+        place = draw.randrange(len(raw))
+        raw[place] ^= draw.randrange(1, 256)
+        path.write_bytes(raw)
+        if path.name == "index.json":
+            with pytest.raises(ArtifactError, match=r"index.json"):
+                GradientIndex(index)
+            path.write_bytes(expected[path.name])
+            refused += 1
+            continue
+        found = GradientIndex.verify(index)
+        assert [d.file for d in found] == [path.name]
+        if path.name.startswith("rows") and place > 400:  # behind the header
+            assert len(found[0].ids) == sum(b - a for a, b in found[0].rows) > 0
+            assert len(found[0].ids) < N // 3
+        GradientIndex.repair(index, fitted)
+        assert content(index) == expected, f"trial {trial}: {path.name} at {place}"
+        mended += 1
+    print(f"30 flipped bytes: {mended} mended, {refused} refused")
+    assert mended > 10
+
+
+@pytest.mark.parametrize("harm", ["cut short", "missing", "longer", "empty"])
+@pytest.mark.parametrize("kind", ["rows-00001.safetensors", "ids-00001.parquet"])
+def test_a_file_that_is_not_whole_is_refused_and_mended(index, whole, fitted, harm, kind):
+    path = index / kind
+    if harm == "missing":
+        path.unlink()
+    elif harm == "longer":
+        path.write_bytes(path.read_bytes() + b"more")
+    else:
+        path.write_bytes(path.read_bytes()[: 5000 if harm == "cut short" else 0])
+    with pytest.raises(ArtifactDamaged, match=rf"{kind}.*index verify"):
+        GradientIndex(index)
+    assert [d.file for d in GradientIndex.verify(index)] == [kind]
+    assert kind in str(GradientIndex.verify(index)[0])
+    GradientIndex.repair(index, fitted)
+    assert content(index) == content(whole) and GradientIndex.verify(index) == []
+
+
+def test_only_damaged_rows_are_made_again(index, fitted, monkeypatch):
+    path = index / "rows-00000.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 1  # of the last rows of the first shard
+    path.write_bytes(raw)
+    seen = []
+    monkeypatch.setattr(
+        index_builds.Slow, "batch",
+        lambda self, indices: seen.extend(indices) or super(index_builds.Slow, self).batch(indices),
+    )  # fmt: skip
+    (damage,) = GradientIndex.repair(index, fitted)
+    n_bad = sum(b - a for a, b in damage.rows)
+    assert n_bad == 128 and len(seen) == 128  # four batches of thirty-two
+
+
+def test_damage_of_several_files_and_of_the_second_moments_is_mended(tmp_path, fitted):
+    folder = tmp_path / "logra"
+    build(fitted, folder, kind=LoGra(rank=3), sample=0)
+    GradientIndex(folder).add(fitted, data(150, seed=5, prefix="b"))
+    expected = content(folder)
+    first, last = "rows-00000.safetensors", "metric-00000.safetensors"
+    for name in (first, last):
+        raw = bytearray((folder / name).read_bytes())
+        raw[len(raw) // 2] ^= 4
+        (folder / name).write_bytes(raw)
+    (folder / "ids-00002.parquet").unlink()
+    assert {d.file for d in GradientIndex.verify(folder)} == {first, last, "ids-00002.parquet"}
+    GradientIndex.repair(folder, fitted)
+    assert content(folder) == expected
+    (folder / "rows-00003.safetensors").unlink()  # rows that were added: other data
+    with pytest.raises(ArtifactMismatch, match="other data"):
+        GradientIndex.repair(folder, fitted)
+    GradientIndex.repair(folder, fitted, data(150, seed=5, prefix="b"))
+    assert content(folder) == expected
+
+
+def test_a_full_disk_stops_a_build_with_the_remedy_and_it_goes_on(
+    fitted, whole, tmp_path, monkeypatch
+):
+    real, written = os.pwrite, 0
+
+    def full(descriptor, content, place):
+        nonlocal written
+        written += 1
+        if written > 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, content, place)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutOfDisk, match="Make room there"):
+        build(fitted, tmp_path / "index")
+    monkeypatch.setattr(os, "pwrite", real)
+    build(fitted, tmp_path / "index")
+    assert content(tmp_path / "index") == content(whole)
+
+
+def test_a_really_full_disk_stops_a_build(fitted, whole, tmp_path):
+    place = tmp_path / "small"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(place)]
+    if subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    filler = place / "filler"
+    try:
+        filler.write_bytes(bytes(100_000))
+        with pytest.raises(OutOfDisk, match=r"needs 0.081 MB"):  # told before anything is written
+            build(fitted, place / "index", dtype="float32")
+        with pytest.raises(OutOfDisk):  # in the middle: the tables of ids were not counted
+            build(fitted, place / "index", dtype="int8", sample=0)
+        filler.unlink()
+        index = build(fitted, place / "index", dtype="int8", sample=0)
+        assert sorted(index.ids()) == sorted(data().ids)
+        del index  # its files are mapped
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_other_data_models_tasks_and_options_are_refused_by_name(index, fitted):
+    other = fit(fitted.model, data(seed=1), fitted.task, curvature=EKFAC(folds=1), batch_size=32)
+    with pytest.raises(ArtifactMismatch, match=r"projection|other data"):
+        build(other, index)
+    with pytest.raises(ArtifactMismatch, match="other data"):
+        build(fitted, index, examples=data(seed=1))
+    with pytest.raises(ArtifactMismatch, match="dtype"):
+        build(fitted, index, dtype="int8")
+    with pytest.raises(ArtifactMismatch, match="projection"):
+        build(fitted, index, kind=Whitened(rank=3, damping=0.01))
+    model = small_fit()
+    with torch.no_grad():
+        next(model.model.parameters()).mul_(2)
+    changed = fit(model.model, data(), fitted.task, curvature=EKFAC(folds=1), batch_size=32)
+    opened = GradientIndex(index)
+    for use in (
+        lambda: build(changed, index),
+        lambda: opened.ask(changed, data(4, seed=2)),
+        lambda: opened.add(changed, data(9, seed=2, prefix="c")),
+        lambda: GradientIndex.repair(index, changed),
+    ):
+        with pytest.raises(ArtifactMismatch, match=r"another model|model \("):
+            use()
+    redrawn = fit(
+        fitted.model, data(), fitted.task, curvature=EKFAC(folds=1, seed=3), batch_size=32
+    )
+    with pytest.raises(ArtifactMismatch, match="another curvature"):
+        opened.ask(redrawn, data(4, seed=2))
+
+
+def test_an_unfinished_build_of_other_data_is_refused(builds, fitted, tmp_path):
+    assert builds.run(tmp_path / "index", calls=40) == 9
+    with pytest.raises(ArtifactMismatch, match="other data"):
+        build(fitted, tmp_path / "index", examples=data(seed=1))
+
+
+def test_queries_of_another_projection_are_refused(index, fitted, tmp_path):
+    other = build(fitted, tmp_path / "other", kind=Whitened(rank=3, damping=0.01), sample=0)
+    with pytest.raises(ArtifactMismatch, match="another projection"):
+        GradientIndex(index).search(other.ask(fitted, data(2, seed=2)))
+
+
+def test_a_second_writer_is_refused(index, fitted):
+    opened = GradientIndex(index)
+    with FolderLock(index):
+        for write in (
+            lambda: opened.add(fitted, data(9, seed=2, prefix="c")),
+            lambda: opened.remove(["a0"]),
+            lambda: opened.compact(),
+            lambda: build(fitted, index),
+            lambda: GradientIndex.repair(index, fitted),
+        ):
+            with pytest.raises(FolderBusy, match="wait until it has finished"):
+                write()
+        assert len(GradientIndex(index)) == N  # reading goes on
+
+
+def test_read_only_media_can_be_searched_and_verified(index, fitted):
+    before = content(index)
+    words = ["mount", "--bind", "-o", "ro", str(index), str(index)]
+    mounted = subprocess.run(words, capture_output=True).returncode == 0
+    if not mounted and os.geteuid() == 0:
+        pytest.skip("root may write anywhere, and nothing can be mounted read-only here")
+    if not mounted:
+        index.chmod(0o555)
+    try:
+        with pytest.raises(OSError):
+            (index / "probe").write_text("")
+        opened = GradientIndex(index)
+        assert opened.attribute(fitted, data(3, seed=2)).values.isfinite().all()
+        assert opened.info()["rows"] == N and GradientIndex.verify(index) == []
+        with pytest.raises(OSError):
+            opened.remove(["a0"])
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(index)], check=True)
+        index.chmod(0o755)
+    assert content(index) == before
+
+
+def test_a_journal_of_another_format_or_kind_is_refused(index):
+    from headwater.core.files import read_json, write_json
+    from headwater.core.fingerprint import fingerprint_json
+
+    body = read_json(index / "index.json")
+    for change in ({"format": 99}, {"kind": "fit"}, {"dtype": "int3"}, {"shards": [{}]}):
+        other = {k: v for k, v in body.items() if k != "blake2b"} | change
+        write_json(index / "index.json", other | {"blake2b": fingerprint_json(other)})
+        with pytest.raises(ArtifactError, match=r"index.json"):
+            GradientIndex(index)
+
+
+def test_a_link_in_place_of_a_file_is_refused(index, tmp_path):
+    path = index / "rows-00000.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactDamaged, match="regular file"):
+        GradientIndex(index)
+    assert GradientIndex.verify(index)[0].what == "is not a regular file"

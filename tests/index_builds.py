@@ -1,0 +1,98 @@
+"""Builds that can be killed: run as a program it forks one build after another, so that each starts at once.
+
+A line `folder calls after` on standard input forks a build of the index in that folder, which ends itself at its
+calls-th system call that writes (0: never), and is killed after so many seconds (0: never). The answer is how it ended.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+from torch import nn
+
+from headwater.core.curvature import EKFAC
+from headwater.core.examples import TensorExamples
+from headwater.core.fit import Fit, fit
+from headwater.core.index import GradientIndex, Whitened
+from headwater.core.task import Classification
+
+N, ROWS_A_SHARD = 700, 256
+WRITES = ("pwrite", "fsync", "replace", "ftruncate", "unlink", "open")
+
+
+class Slow(TensorExamples):
+    """Examples that take their time, so that a random moment falls anywhere."""
+
+    wait = 0.0
+
+    def batch(self, indices):
+        time.sleep(self.wait)
+        return super().batch(indices)
+
+
+def data(n: int = N, seed: int = 0, prefix: str = "a") -> Slow:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(n, 6, generator=generator), torch.randint(3, (n,), generator=generator)
+    ids = [f"{prefix}{i}" for i in range(n)]
+    metadata = {"source": ["web" if i % 3 else "book" for i in range(n)], "year": list(range(n))}
+    return Slow(x, y, ids=ids, metadata=metadata)
+
+
+def small_fit() -> Fit:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    return fit(model, data(), Classification(), curvature=EKFAC(folds=1), batch_size=32)
+
+
+def build(fitted: Fit, folder, **options) -> GradientIndex:
+    size = ROWS_A_SHARD * (4 + 4 * 16)
+    options = {
+        "kind": Whitened(rank=4, damping=0.01, sides="leading"), "dtype": "float32", "shard_bytes": size,
+        "sample": 30,
+    } | options  # fmt: skip
+    return GradientIndex.build(fitted, folder, **options)
+
+
+def _end_at(calls: int) -> None:
+    """End this process, as a kill would, at its calls-th system call that writes."""
+    left = calls
+
+    def counted(function):
+        def run(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return run
+
+    for name in WRITES:
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def _serve() -> None:
+    torch.set_num_threads(1)
+    fitted = small_fit()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        folder, calls, after = line.rsplit(maxsplit=2)
+        pid = os.fork()
+        if pid == 0:
+            if int(calls):
+                _end_at(int(calls))
+            else:
+                fitted.train.wait = 0.01
+            build(fitted, folder)
+            os._exit(0)
+        if float(after):
+            time.sleep(float(after))
+            os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the number is its own
+        _, status = os.waitpid(pid, 0)
+        print(status, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
