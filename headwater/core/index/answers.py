@@ -60,7 +60,7 @@ def project(
     """Rows of examples, in memory, in one sweep."""
     found = SpaceRows(space, len(examples))
     sweep(
-        fit.capture(),
+        space.capture(fit),
         examples,
         [found],
         target,
