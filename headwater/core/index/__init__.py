@@ -6,8 +6,9 @@ once they are sealed, each block of them with a checksum; `index.json` lists the
 """
 
 from headwater.core.index.answers import Asked
+from headwater.core.index.approximate import Approximate
 from headwater.core.index.checking import Damage
 from headwater.core.index.gradient_index import GradientIndex
 from headwater.core.index.spaces import LoGra, Whitened
 
-__all__ = ["Asked", "Damage", "GradientIndex", "LoGra", "Whitened"]
+__all__ = ["Approximate", "Asked", "Damage", "GradientIndex", "LoGra", "Whitened"]

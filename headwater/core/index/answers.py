@@ -13,6 +13,7 @@ from headwater.core.capture import Progress, sweep
 from headwater.core.examples import Examples, as_examples
 from headwater.core.files import ArtifactMismatch
 from headwater.core.fit import Fit
+from headwater.core.index.approximate import Approximate
 from headwater.core.index.metric import ProjectedMetric
 from headwater.core.index.search import Mode, Where, clusters, divided, matching, scan
 from headwater.core.index.spaces import Space
@@ -60,7 +61,7 @@ def project(
     """Rows of examples, in memory, in one sweep."""
     found = SpaceRows(space, len(examples))
     sweep(
-        fit.capture(),
+        space.capture(fit),
         examples,
         [found],
         target,
@@ -134,8 +135,9 @@ class Answers(StoredRows):
         by_layer: bool = False,
         copies: float | None = None,
         content: Callable[[str], Any] | None = None,
+        approximate: Approximate | None = None,
     ) -> Scores:
-        r"""The strongest examples of each query, by an exact scan of all rows.
+        r"""The strongest examples of each query, by an exact scan of all rows unless said otherwise.
 
         Args:
             asked: What `ask` made of the queries.
@@ -149,6 +151,8 @@ class Answers(StoredRows):
             copies: Cosine of rows from which hits count as duplicates of one another and are shown as one, with their
                 number in the metadata column `copies`; None tells none.
             content: What an example of an id holds, such as its text; equal ones are duplicates too.
+            approximate: A structure to look candidates up in instead of scanning; only for mode "dot" and without
+                filters and totals.
 
         Raises:
             ArtifactMismatch: The queries are rows of other coordinates.
@@ -164,10 +168,15 @@ class Answers(StoredRows):
         if mode == "cosine":
             queries = divided(queries, asked.squares.clamp(min=0).sqrt()[:, None])
         merging = copies is not None or content is not None
-        found = scan(
-            self, queries, keep * (_MORE if merging else 1), mode=mode, wanted=wanted, groups=groups
-        )
+        k = keep * (_MORE if merging else 1)
+        if approximate is None:
+            found = scan(self, queries, k, mode=mode, wanted=wanted, groups=groups)
+        else:
+            found = self._approximate(
+                approximate, queries, k, plain=mode == "dot" and not (where or group_by)
+            )
         kept, extra, counts = found.kept(), {}, None
+        kept = kept[kept >= 0]
         rows = self.rows(kept)
         if merging:
             kept, rows, counts, extra = self._merged(
@@ -191,7 +200,12 @@ class Answers(StoredRows):
         metadata = self.metadata(kept)
         if counts is not None:
             metadata["copies"] = counts
-        facts = self._facts(mode, found, asked, time.perf_counter() - started) | extra
+        facts = self._facts(mode, asked, time.perf_counter() - started) | extra
+        if approximate is not None:
+            facts["approximate"] = {
+                "structure": approximate.structure,
+                "recall": approximate.recall,
+            }
         return Scores(
             **result,
             query_ids=asked.ids,
@@ -235,6 +249,20 @@ class Answers(StoredRows):
             raise ValueError(f"keep must be 1 or more; got {keep}.")
         if mode not in ("dot", "cosine", "relatif"):
             raise ValueError(f"Expected a mode 'dot', 'cosine' or 'relatif'; got {mode!r}.")
+
+    def _approximate(
+        self, approximate: Approximate, queries: Tensor, keep: int, *, plain: bool
+    ) -> "Strongest":
+        if not plain:
+            raise ValueError(
+                "An approximate search has no other modes than 'dot', no filters and no totals; leave it out."
+            )
+        if approximate.n != self.n_rows:
+            raise ValueError(
+                f"The approximate structure was made of {approximate.n:,} rows, the index has {self.n_rows:,} now; "
+                "make it again with Approximate.build(index)."
+            )
+        return approximate.strongest(queries, keep)
 
     def _groups(self, column: str | None) -> tuple[list[str], Int[Tensor, " row"] | None]:
         if column is None:
@@ -288,7 +316,7 @@ class Answers(StoredRows):
         told = {ids[i]: members[i] for i in picked.tolist() if len(members[i]) > 1}
         return kept[picked], rows[picked], count[picked].tolist(), {"copies": told}
 
-    def _facts(self, mode: str, found: "Strongest", asked: Asked, seconds: float) -> dict[str, Any]:
+    def _facts(self, mode: str, asked: Asked, seconds: float) -> dict[str, Any]:
         journal = self.journal
         return {
             "method": "index",

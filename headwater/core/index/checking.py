@@ -251,7 +251,7 @@ def _made_again(
             found[i] = row
 
     sweep(
-        fit.capture(), data, [StreamedRows(space, keep)], Loss(), batches=batches,
+        space.capture(fit), data, [StreamedRows(space, keep)], Loss(), batches=batches,
         progress=progress, note="repair",
     )  # fmt: skip
     if not found:

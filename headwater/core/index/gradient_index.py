@@ -480,7 +480,7 @@ def _fill(
                 progress(start + done, every, note)
 
         sweep(
-            fit.capture(),
+            space.capture(fit),
             data,
             [rows],
             Loss(),

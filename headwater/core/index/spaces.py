@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headwater.core.capture import Capture
 from headwater.core.curvature import Layerwise
 from headwater.core.curvature.prepared import separable
 from headwater.core.damping import Damping, mean_of, parse_damping
@@ -101,6 +102,11 @@ class Space(Projection):
     def dim(self) -> int:
         """Numbers in a row."""
         return sum(self.widths.values())
+
+    def capture(self, fit: Fit) -> Capture:
+        """The engine over the layers of which something is kept; the fit is checked as it always is."""
+        whole = fit.capture()
+        return Capture(whole.model, whole.task, [x for x in self.layers if self.width(x)])
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
