@@ -10,6 +10,7 @@ the measurement there. The hours of a GPU rest on an assumed utilisation, and no
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
@@ -221,7 +222,7 @@ def measure(n: int = 64) -> None:
                 torch.autograd.grad(loss, parameters, allow_unused=True)
 
     seconds = least(plain)
-    options = {"batches": batches}
+    options: dict[str, Any] = {"batches": batches}
     index = least(lambda: project_examples(capture, data, TwoSided(RANK), Loss(), **options))
     fit = least(
         lambda: headwater.fit(

@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 import headwater
-from headwater.bench.workloads import word_ids
+from headwater.bench.text_workloads import word_ids
 from headwater.core.curvature import EKFAC
 from headwater.core.examples import TensorExamples
 from headwater.models.gpt import GPT

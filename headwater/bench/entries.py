@@ -133,15 +133,12 @@ def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
     if not workload.text:
         fast = Source(fast=True)
         dual = replace(dual, cut=max(dual.cut, 0.02))  # early in training every label is likely
-        found += [
-            Entry(name="SOURCE, dual", method=fast, curvature=dual, needs="trajectory"),
-            Entry(
-                name="SOURCE, dual",
-                method=Ensemble(method=fast),
-                curvature=dual,
-                needs="trajectories",
-            ),
-        ]
+        found.append(Entry(name="SOURCE, dual", method=fast, curvature=dual, needs="trajectory"))
+        if not workload.slow:
+            several = Ensemble(method=fast)
+            found.append(
+                Entry(name="SOURCE, dual", method=several, curvature=dual, needs="trajectories")
+            )
     slow = {name for name, _ in left_out}
     return [entry for entry in found if entry.name not in slow], left_out
 

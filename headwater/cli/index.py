@@ -58,7 +58,7 @@ class Build:
         """What a row is."""
         from headwater.core.index import LoGra, Whitened
 
-        given = {} if self.damping is None else {"damping": self.damping}
+        given: dict[str, Any] = {} if self.damping is None else {"damping": self.damping}
         if self.kind == "logra":
             return LoGra(rank=self.rank, seed=self.seed, **given)
         return Whitened(rank=self.rank, sides=self.sides, seed=self.seed, **given)

@@ -158,9 +158,8 @@ def _compare(values: Any, name: str, asked: Any) -> Tensor:
             mask = pc.is_valid(values)  # type: ignore[attr-defined]
             for limit, compare in ((low, pc.greater_equal), (high, pc.less_equal)):  # type: ignore[attr-defined]
                 if limit is not None:
-                    mask = pc.and_kleene(
-                        mask, compare(values, pyarrow.scalar(limit).cast(values.type))
-                    )  # type: ignore[attr-defined]
+                    inside = compare(values, pyarrow.scalar(limit).cast(values.type))
+                    mask = pc.and_kleene(mask, inside)  # type: ignore[attr-defined]
         else:
             single = isinstance(asked, str) or not isinstance(asked, Collection)
             wanted = pyarrow.array([asked] if single else list(asked)).cast(values.type)

@@ -151,12 +151,14 @@ class Kept:
     def of(cls, record: Sequence[Any]) -> "Kept":
         """The inverse of `record`."""
         out, in_, stretches = record
-        sides = (None if c is None else torch.tensor(c, dtype=torch.int64) for c in (out, in_))
+        first, second = (
+            None if c is None else torch.tensor(c, dtype=torch.int64) for c in (out, in_)
+        )
         numbers = None
         if stretches is not None:
             parts = [torch.arange(a, b) for a, b in stretches]
             numbers = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
-        return cls(*sides, numbers)
+        return cls(first, second, numbers)
 
 
 class WhitenedSpace(Space):

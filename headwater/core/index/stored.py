@@ -110,8 +110,9 @@ class StoredRows:
 
     def metric(self, name: str) -> Tensor | None:
         """A tensor of the file of second moments."""
-        known = self._metric is not None and name in self._metric.keys()  # noqa: SIM118
-        return self._metric.get_tensor(name) if known else None
+        if self._metric is None or name not in self._metric.keys():  # noqa: SIM118
+            return None
+        return self._metric.get_tensor(name)
 
     @property
     def starts(self) -> list[int]:
