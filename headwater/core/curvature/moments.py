@@ -318,11 +318,12 @@ class LostTrace(Accumulator):
 
     def end_batch(self, batch: BatchInfo) -> None:
         for share, trace in self._pending:
-            self._total += torch.tensor([share * trace, trace], dtype=torch.float64)
+            found = torch.tensor([share * trace, trace], dtype=torch.float64)
+            self._total = self._total + found
         self._pending.clear()
 
     def merge(self, other: "LostTrace") -> None:
-        self._total += other._total
+        self._total = self._total + other._total
 
     @property
     def share(self) -> float | None:
