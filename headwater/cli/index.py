@@ -25,7 +25,7 @@ class Build:
 
     A killed build goes on where it stopped. Scores on a sample are compared with unprojected ones, and printed.
 
-    Example: headwater index build runs/mine --rank 16 --dtype int8
+    Example: headwater index build runs/mine --rank 16
 
     Args:
         run: The run folder of `headwater fit`.
@@ -43,7 +43,7 @@ class Build:
     kind: Literal["whitened", "logra"] = "whitened"
     rank: int = 16
     sides: Literal["auto", "leading", "random"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float16"
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "int8"
     damping: str | None = None
     seed: int = 0
     sample: int = 200
@@ -155,7 +155,7 @@ def run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         lines = (f"  {k:8} {(v[0].__doc__ or '').splitlines()[0]}" for k, v in ACTIONS.items())
         print("usage: headwater index ACTION ...\n\nactions:\n" + "\n".join(lines))
-        print("\nExample: headwater index build runs/mine --dtype int8")
+        print("\nExample: headwater index build runs/mine")
         return 0
     if words[0] not in ACTIONS:
         raise ValueError(f"Expected one of {', '.join(ACTIONS)}; got {words[0]!r}.")

@@ -81,7 +81,7 @@ class GradientIndex(Answers, StoredRows):
         folder: str | Path,
         *,
         kind: Whitened | LoGra | None = None,
-        dtype: Dtype = "float16",
+        dtype: Dtype = "int8",
         examples: Any = None,
         sample: int = 200,
         shard_bytes: int = SHARD_BYTES,

@@ -266,7 +266,8 @@ class Work:
         function, prepared = Inverse(Damping(1.0)), []
 
         def prepare() -> None:
-            replicates = curvature.replicates()
+            # a short measurement may have seen one fold only, which leaves nothing to leave out
+            replicates = curvature.replicates() or [curvature] * self.method.folds
             if isinstance(curvature, Layerwise):
                 spectra = [r.spectra() for r in replicates]
                 factors = {
