@@ -70,9 +70,13 @@ class Encoding:
             )
         return {name: tensor.contiguous() for name, tensor in stored.items()}
 
-    def decode(self, stored: dict[str, Tensor]) -> Float[Tensor, "n dim"]:
-        """Rows in float32."""
-        rows = stored["rows"].float()
+    def decode(
+        self, stored: dict[str, Tensor], out: Float[Tensor, "n dim"] | None = None
+    ) -> Float[Tensor, "n dim"]:
+        """Rows in float32, in `out` where it is given; rows that are float32 already come as they are."""
+        if self.dtype == "float32":
+            return stored["rows"]
+        rows = stored["rows"].float() if out is None else out.copy_(stored["rows"])
         if self.dtype != "int8":
             return rows
         if self.dim % STRETCH == 0:

@@ -41,10 +41,15 @@ def divided(scores: Tensor, by: Tensor) -> Tensor:
 def blocks(
     stored: StoredRows, wanted: Bool[Tensor, " row"] | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None, int]]:
-    """Decoded rows block by block: the rows, which of the block's they are (None for all), and its first position."""
+    """Decoded rows block by block: the rows, which of the block's they are (None for all), and its first position.
+
+    The rows are good until the next block, which comes in the same memory.
+    """
+    plain = stored.encoding.dtype == "float32"
     step = max(16, _BLOCK_BYTES // (4 * stored.encoding.dim))
-    if stored.encoding.dtype == "float32":
+    if plain:
         step = max(step, _SCORE_ROWS)  # nothing to decode: views will do
+    buffer = None if plain else torch.empty(step, stored.encoding.dim)
     total = sum(s.layout.size for s in stored.shards)
     resident = total < available_memory_bytes() // 4
     for first, shard in zip(stored.starts[:-1], stored.shards, strict=True):
@@ -52,12 +57,20 @@ def blocks(
             stop = min(start + step, len(shard))
             some = None if wanted is None else wanted[first + start : first + stop]
             if some is None or bool(some.all()):
-                yield shard.rows(slice(start, stop)), None, first + start
+                yield (
+                    shard.rows(slice(start, stop), _part(buffer, stop - start)),
+                    None,
+                    first + start,
+                )
             elif bool(some.any()):
                 index = some.nonzero().flatten()
-                yield shard.rows(start + index), index, first + start
+                yield shard.rows(start + index, _part(buffer, len(index))), index, first + start
         if not resident:
             shard.release()
+
+
+def _part(buffer: Tensor | None, n: int) -> Tensor | None:
+    return None if buffer is None else buffer[:n]
 
 
 def products(

@@ -269,9 +269,12 @@ class Shard:
         """Some rows as they are stored."""
         return {name: tensor[rows] for name, tensor in self.parts.items()}
 
-    def rows(self, rows: slice | Tensor = slice(None)) -> Float[Tensor, "n dim"]:
-        """Some rows in float32."""
-        return self.layout.encoding.decode(self.stored(rows))
+    def rows(
+        self, rows: slice | Tensor = slice(None), out: Float[Tensor, "n dim"] | None = None
+    ) -> Float[Tensor, "n dim"]:
+        """Some rows in float32, in `out` where it is given and they are stored in another type."""
+        parts = {name: self.parts[name][rows] for name in self.layout.encoding.parts}
+        return self.layout.encoding.decode(parts, out)
 
     def squares(self, rows: slice | Tensor = slice(None)) -> Float[Tensor, " n"]:
         """Squared lengths of some rows."""
