@@ -236,7 +236,7 @@ class WhitenedSpace(Space):
         if both <= min(in_first, out_first):
             return kronecker.gradient(_read(a, in_), _read(g, out)).movedim(-3, 0)
         if in_first <= out_first:
-            half = kronecker.gradient(_read(a, in_), g).mT  # (in, whole out) of each example
+            half = kronecker.gradient(g, _read(a, in_))  # (in, whole out) of each example
             return _read(half, out).mT.movedim(-3, 0)
         half = kronecker.gradient(a, _read(g, out))
         return _read(half, in_).movedim(-3, 0)
@@ -264,9 +264,10 @@ def _side(basis: Tensor | None, columns: Tensor | None, groups: int) -> Tensor |
         return basis
     if basis is None:
         return columns[0] if groups == 1 else columns
-    if basis.ndim == 2:
-        return basis[:, columns[0]].contiguous()
-    return _chosen(basis, columns, -1).contiguous()
+    some = basis[:, columns[0]] if basis.ndim == 2 else _chosen(basis, columns, -1)
+    return (
+        some.mT.contiguous().mT
+    )  # columns lie in one piece: products with few are three times as fast
 
 
 def _read(x: Tensor, side: Tensor | None, groups: int = 0) -> Tensor:
