@@ -13,7 +13,7 @@ from headwater.cli.flags import RUN, parse, require
 if TYPE_CHECKING:
     from headwater.core.fit import Fit
     from headwater.core.index import GradientIndex, LoGra, Whitened
-    from headwater.trace.indexed import Indexed
+    from headwater.trace import Indexed
 
 FOLDER, HELDOUT = "index", "index-heldout"
 DUPLICATE = 0.999  # cosine of rows from which examples are shown as one
@@ -371,7 +371,7 @@ def indexed(
     """The method that looks a run's index up, and the fit with the texts of all its sources."""
     from headwater.core.index import GradientIndex
     from headwater.data.tokens import joined
-    from headwater.trace.indexed import Indexed
+    from headwater.trace import Indexed
 
     index = GradientIndex(run / FOLDER)
     columns = _columns(record)

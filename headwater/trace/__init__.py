@@ -10,6 +10,7 @@ from headwater.trace.datainf import DataInf
 from headwater.trace.ensemble import Ensemble
 from headwater.trace.explicit import Explicit
 from headwater.trace.gradient import GradientCosine, GradientDot
+from headwater.trace.indexed import Indexed
 from headwater.trace.influence import Influence, refine
 from headwater.trace.less import LESS
 from headwater.trace.lissa import LiSSA
@@ -34,6 +35,7 @@ __all__ = [
     "Explicit",
     "GradientCosine",
     "GradientDot",
+    "Indexed",
     "Influence",
     "LiSSA",
     "Random",

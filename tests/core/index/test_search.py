@@ -7,8 +7,7 @@ from headwater.core.files import ArtifactMismatch
 from headwater.core.index import GradientIndex, LoGra, Whitened
 from headwater.core.index.search import clusters
 from headwater.numerics.ranks import spearman
-from headwater.trace import Influence
-from headwater.trace.indexed import Indexed
+from headwater.trace import Indexed, Influence
 from tests.curvature_cases import shared
 from tests.index_builds import N, build, data, small_fit
 from tests.index_cases import built
