@@ -13,10 +13,6 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def fails(error, *parts):
-    return pytest.raises(error, match=".*".join(parts))
-
-
 def test_what_was_saved_is_loaded_ready_to_run(folder):
     language = load_language_model(folder)
     assert not language.model.training
@@ -65,7 +61,7 @@ def test_drawn_text_depends_on_the_seed_alone(folder):
 
 
 def test_a_prompt_without_room_is_refused(folder):
-    with fails(ValueError, "40 tokens", "context of 32"):
+    with pytest.raises(ValueError, match=".*".join(["40 tokens", "context of 32"])):
         generate(load_language_model(folder), "the " * 40)
 
 
@@ -105,37 +101,42 @@ def test_an_adapter_whose_model_is_gone_asks_for_it(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": "org/model"})
     )
-    with fails(FileNotFoundError, "'org/model'", "pass base="):
+    with pytest.raises(FileNotFoundError, match=".*".join(["'org/model'", "pass base="])):
         load_language_model(tmp_path)
 
 
 def test_a_name_on_a_hub_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "org/model-1b"):
-        with fails(FileNotFoundError, name, "does not download models; pass a local folder"):
+        with pytest.raises(
+            FileNotFoundError,
+            match=".*".join([name, "does not download models; pass a local folder"]),
+        ):
             load_language_model(name)
 
 
 def test_a_mistyped_folder_is_answered_with_similar_names(folder):
-    with fails(FileNotFoundError, "modle does not exist; did you mean model"):
+    with pytest.raises(
+        FileNotFoundError, match=".*".join(["modle does not exist; did you mean model"])
+    ):
         load_language_model(folder.parent / "modle")
 
 
 def test_a_folder_that_is_no_model_says_what_is_missing(folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    with fails(ValueError, "no config.json"):
+    with pytest.raises(ValueError, match=".*".join(["no config.json"])):
         load_language_model(tmp_path / "empty")
     (folder / "model.safetensors").unlink()
-    with fails(ValueError, "holds no weights"):
+    with pytest.raises(ValueError, match=".*".join(["holds no weights"])):
         load_language_model(folder)
     torch.save({}, folder / "pytorch_model.bin")
-    with fails(ValueError, "pickles only", r"pytorch_model\.bin"):
+    with pytest.raises(ValueError, match=".*".join(["pickles only", r"pytorch_model\.bin"])):
         load_language_model(folder)
 
 
 def test_a_model_without_a_tokenizer_asks_for_one(folder, tmp_path):
     llama().save_pretrained(tmp_path / "bare")
-    with fails(ValueError, "no tokenizer", "tokenizer="):
+    with pytest.raises(ValueError, match=".*".join(["no tokenizer", "tokenizer="])):
         load_language_model(tmp_path / "bare")
     assert load_language_model(tmp_path / "bare", tokenizer=folder).tokenizer.bos_token == "<s>"
 
@@ -144,14 +145,16 @@ def test_damaged_weights_are_named(tmp_path):
     model = llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     saved(tmp_path, model)
-    with fails(ValueError, "NaN or infinity in 1 tensors", r"layers\.1\.mlp\.up_proj"):
+    with pytest.raises(
+        ValueError, match=".*".join(["NaN or infinity in 1 tensors", r"layers\.1\.mlp\.up_proj"])
+    ):
         load_language_model(tmp_path)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused_in_one_line(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
-    with fails(ValueError, "lacks 9 of the model's weights"):
+    with pytest.raises(ValueError, match=".*".join(["lacks 9 of the model's weights"])):
         load_language_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="could not be loaded") as caught:
@@ -247,9 +250,9 @@ def test_a_gguf_file_becomes_a_plain_model_once(gguf_file, tmp_path):
 def test_a_conversion_never_replaces_what_is_there(gguf_file, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with fails(ValueError, "is no converted model"):
+    with pytest.raises(ValueError, match=".*".join(["is no converted model"])):
         convert_gguf(gguf_file, tmp_path / "mine")
     (tmp_path / "bad.gguf").write_bytes(b"GGUFnothing")
-    with fails(ValueError, "bad.gguf could not be loaded"):
+    with pytest.raises(ValueError, match=".*".join(["bad.gguf could not be loaded"])):
         convert_gguf(tmp_path / "bad.gguf", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.gguf", "mine", "tiny.gguf"]

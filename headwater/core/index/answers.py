@@ -1,6 +1,7 @@
 """Questions to an index: queries become rows, and the strongest rows become scores."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,12 +73,12 @@ def project(
     return found.finish()
 
 
-class Answers(StoredRows):
+class Answers(StoredRows, ABC):
     """What can be asked of an index."""
 
+    @abstractmethod
     def space(self, fit: Fit) -> Space:
         """The coordinates of the rows, made again from the fit."""
-        raise NotImplementedError
 
     def ask(
         self,
