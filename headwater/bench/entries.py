@@ -18,6 +18,7 @@ from headwater.trace import (
     GradientDot,
     Influence,
     LiSSA,
+    Newton,
     Random,
     RepresentationSimilarity,
     Source,
@@ -53,8 +54,13 @@ class Entry:
     choices: tuple[Attributor, ...] = ()
 
 
-def _damped(method: Influence) -> tuple[Attributor, ...]:
-    return tuple(replace(method, damping=value) for value in DAMPINGS)
+def _damped(method: Influence | Newton, within: int = 9) -> tuple[Attributor, ...]:
+    """The method at every damping; with `within`, at so many on each side of the middle one that is usual here."""
+    middle = DAMPINGS.index(3e-3)
+    return tuple(
+        replace(method, damping=value)
+        for value in DAMPINGS[max(0, middle - within) : middle + within + 1]
+    )
 
 
 def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
@@ -121,6 +127,21 @@ def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
         found += [
             Entry(name="dual", method=plain, curvature=dual, choices=_damped(plain)),
             Entry(name="dual", method=Ensemble(method=plain), curvature=dual, needs="models"),
+            Entry(
+                name="Newton, leave-one-out",
+                method=Newton(share=1.0),
+                curvature=dual,
+                choices=_damped(Newton(share=1.0)),
+            ),
+            Entry(
+                name="Newton, halves", method=Newton(), curvature=dual, choices=_damped(Newton(), 1)
+            ),
+            Entry(
+                name="Newton, halves",
+                method=Ensemble(method=Newton()),
+                curvature=dual,
+                needs="models",
+            ),
         ]
     if workload.adaptive:
         found.append(Entry(name="LESS", method=LESS(rank=16), needs="moments"))

@@ -14,6 +14,7 @@ from headwater.trace.indexed import Indexed
 from headwater.trace.influence import Influence, refine
 from headwater.trace.less import LESS
 from headwater.trace.lissa import LiSSA
+from headwater.trace.newton import Newton
 from headwater.trace.random import Random
 from headwater.trace.similarity import EmbeddingSimilarity, RepresentationSimilarity
 from headwater.trace.source import Source
@@ -38,6 +39,7 @@ __all__ = [
     "Indexed",
     "Influence",
     "LiSSA",
+    "Newton",
     "Random",
     "RepresentationSimilarity",
     "Source",

@@ -107,6 +107,7 @@ class DualCurvature(Curvature):
         n_folds: Examples of each fold.
         facts: Numbers worth telling.
         gram: $V V^\top$, computed when left out.
+        owners: Training example of each row; None where it is not known.
     """
 
     kind: ClassVar[str] = "dual"
@@ -118,8 +119,10 @@ class DualCurvature(Curvature):
         n_folds: Tensor,
         facts: dict[str, Any] | None = None,
         gram: Float[Tensor, "row row"] | None = None,
+        owners: Tensor | None = None,
     ):
         self.rows, self.folds, self.n_folds = rows, folds, n_folds.double()
+        self.owners = owners
         self.n_examples = float(n_folds.sum())
         self.gram = gram_matrix(rows) if gram is None else gram
         self.n_parameters = sum(_numel(block) for block in rows.blocks.values())
@@ -213,11 +216,16 @@ class DualCurvature(Curvature):
             keep = (self.folds != k).nonzero().squeeze(1)
             n = self.n_folds[torch.arange(len(self.n_folds)) != k]
             gram = self.gram[keep][:, keep]
-            found.append(DualCurvature(self.rows[keep], self.folds[keep], n, gram=gram))
+            owners = None if self.owners is None else self.owners[keep]
+            found.append(
+                DualCurvature(self.rows[keep], self.folds[keep], n, gram=gram, owners=owners)
+            )
         return found
 
     def tensors(self) -> dict[str, Tensor]:
         state = {"folds": self.folds, "n_folds": self.n_folds, "gram": self.gram}
+        if self.owners is not None:
+            state["owners"] = self.owners
         for name, block in self.rows.blocks.items():
             if isinstance(block, Factored):
                 state |= {f"a:{name}": block.a, f"g:{name}": block.g}
@@ -231,7 +239,14 @@ class DualCurvature(Curvature):
         for k, v in tensors.items():
             if k.startswith("a:"):
                 blocks[k[2:]] = Factored(v, tensors[f"g:{k[2:]}"])
-        return cls(Gradients(blocks), tensors["folds"], tensors["n_folds"], facts, tensors["gram"])
+        given = (
+            tensors["folds"],
+            tensors["n_folds"],
+            facts,
+            tensors["gram"],
+            tensors.get("owners"),
+        )
+        return cls(Gradients(blocks), *given)
 
 
 def gram_matrix(rows: Gradients) -> Float[Tensor, "row row"]:
@@ -305,14 +320,14 @@ class Dual(CurvatureMethod):
                 note="rows of the Gauss–Newton root",
                 stop=lambda: self._refuse(collect),
             )
-        rows, _, folds = collect.finish()
+        rows, owners, folds = collect.finish()
         n_folds = torch.zeros(self.folds, dtype=torch.float64)
         for plan in context.batches:
             n_folds[plan.fold] += len(plan.indices) * len(context.captures)
         facts: dict[str, Any] = {"rows": len(rows)}
         if lost.share is not None:
             facts["lost_trace"] = lost.share
-        return DualCurvature(rows, folds, n_folds, facts)
+        return DualCurvature(rows, folds, n_folds, facts, owners=owners)
 
     def _refuse(self, collect: CollectGradients) -> bool:
         n, remedy = (
