@@ -7,6 +7,10 @@ that: the same run is repeated, with its initial weights and its order, without 
 SOURCE names for a query, and without as many drawn at random.
 
     python studies/stages.py --folder runs/stages
+
+With --sizes it asks instead whether the *sizes* are right: derivatives along random reweightings of the second stage,
+by repeating it with weights a little above and below one, beside those of SOURCE with layers taken apart (EK-FAC) and
+with the exact Gauss-Newton matrix over all layers (dual).
 """
 
 import json
@@ -22,8 +26,9 @@ from torch import Tensor
 
 import headwater
 from headwater.bench.text_workloads import word_ids
-from headwater.core.curvature import EKFAC
+from headwater.core.curvature import EKFAC, CurvatureMethod, Dual
 from headwater.core.examples import TensorExamples
+from headwater.core.fit import Fit
 from headwater.models.gpt import GPT
 from headwater.trace.source import Source
 from headwater.trace.timeline import Timeline, timeline
@@ -48,6 +53,9 @@ class Plan:
         segments: Segments of SOURCE.
         left_out: Share of a stage's articles that is left out.
         controls: Random choices of as many.
+        sizes: Compare sizes of derivatives, and nothing else.
+        nudges: Reweightings that this is done along.
+        draws: Labels drawn for each article by the exact matrix.
     """
 
     folder: Path
@@ -57,6 +65,9 @@ class Plan:
     segments: int = 6
     left_out: float = 0.05
     controls: int = 4
+    sizes: bool = False
+    nudges: int = 10
+    draws: int = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +128,9 @@ def data(plan: Plan) -> tuple[TensorExamples, TensorExamples]:
     return part(kept), part(held)
 
 
-def follow(plan: Plan, *, say: Callable[[str], None] = print) -> tuple[Timeline, Run]:
-    """Train in two stages, and ask when each query was learnt."""
-    train, queries = data(plan)
+def trained(plan: Plan, *, say: Callable[[str], None] = print) -> Run:
+    """Train in two stages."""
+    train, _ = data(plan)
     first, second = torch.arange(plan.pretrain), torch.arange(plan.pretrain, len(train))
     # A large eps_root keeps the run smooth: without it a few articles less make another model.
     rule = {"betas": (0.9, 0.95), "eps_root": 1e-3, "weight_decay": 0.01, "batch_size": 40}
@@ -133,10 +144,51 @@ def follow(plan: Plan, *, say: Callable[[str], None] = print) -> tuple[Timeline,
     options = {"checkpoints": 2 * plan.segments, "keep_optimizer": True, "normalize": "tokens"}
     record = train_model(model, train, TASK, stages, folder=plan.folder / "run", **options)
     say(f"{record.steps} steps, last loss {record.losses[-1]:.2f} nats a word")
-    fit = headwater.fit(model, train, TASK, curvature=EKFAC(), skip=["embed", "position", "head"])
+    return Run(model=model, task=TASK, train=train, trajectory=record)
+
+
+def fitted(run: Run, curvature: CurvatureMethod) -> Fit:
+    """The run's last model with a curvature, on the linear layers and norms of its blocks."""
+    skip = ["embed", "position", "head"]
+    return headwater.fit(run.model, run.train, TASK, curvature=curvature, skip=skip)
+
+
+def follow(plan: Plan, *, say: Callable[[str], None] = print) -> tuple[Timeline, Run]:
+    """Train, and ask when each query was learnt."""
+    run, (_, queries) = trained(plan, say=say), data(plan)
     source = Source(segments=plan.segments)
-    found = timeline(fit, queries, trajectory=record, source=source)
-    return found, Run(model=model, task=TASK, train=train, trajectory=record)
+    found = timeline(fitted(run, EKFAC()), queries, trajectory=run.trajectory, source=source)
+    return found, run
+
+
+def sizes(plan: Plan, run: Run, queries: TensorExamples) -> dict[str, tuple[float, float]]:
+    """Correlation of predicted and actual derivatives along reweightings of the second stage, and their slope.
+
+    The slope of actual on predicted ones, of a line through the origin, is 1 where sizes are right.
+    """
+    measure, n = measure_of(run, queries), len(run.train)
+    second = torch.arange(plan.pretrain, n)
+    state, start = run.repeat(stop=run.trajectory.stages[0].stop), run.trajectory.stages[1].start
+    generator = torch.Generator().manual_seed(0)
+    ways = 0.1 * torch.randn(plan.nudges, len(second), generator=generator)
+
+    def outcome(way: Tensor, side: float) -> Tensor:
+        weights = torch.ones(n).index_add(0, second, side * way)
+        return measure(run.repeat(weights, state=state, start=start).parameters).detach().double()
+
+    actual = torch.stack([outcome(way, 0.5) - outcome(way, -0.5) for way in ways]).flatten()
+    found = {}
+    for name, curvature in {
+        "EK-FAC": EKFAC(),
+        "dual": Dual(fisher="mc", draws=plan.draws),
+    }.items():
+        source, fit = Source(segments=plan.segments), fitted(run, curvature)
+        parts, told = source.told_by_segment(fit, queries, trajectory=run.trajectory)
+        own = [each["stage"] == 1 for each in told]
+        predicted = (ways.double() @ parts[own].sum(0)[:, second].mT).flatten()
+        related = float(torch.corrcoef(torch.stack([predicted, actual]))[0, 1])
+        found[name] = (related, float(predicted @ actual / (predicted @ predicted)))
+    return found
 
 
 def removals(plan: Plan, found: Timeline, run: Run, queries: TensorExamples) -> list[Removal]:
@@ -206,9 +258,16 @@ def table(found: Timeline, queries: TensorExamples, results: list[Removal]) -> s
     return "\n".join(lines)
 
 
-def main(plan: Plan, *, say: Callable[[str], None] = print) -> tuple[Timeline, list[Removal]]:
-    """The timeline, its plot, and the table of removals."""
+def main(
+    plan: Plan, *, say: Callable[[str], None] = print
+) -> tuple[Timeline, list[Removal]] | None:
+    """The timeline, its plot, and the table of removals; or sizes alone."""
     started = time.process_time()
+    if plan.sizes:
+        for name, (related, slope) in sizes(plan, trained(plan, say=say), data(plan)[1]).items():
+            say(f"{name}: correlation {related:.2f}, actual over predicted {slope:.2f}")
+        say(f"{time.process_time() - started:.0f} s of CPU time")
+        return None
     found, run = follow(plan, say=say)
     found.save(plan.folder / "timeline")
     shown = min(2, plan.queries)  # of each kind
