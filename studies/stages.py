@@ -143,6 +143,7 @@ def trained(plan: Plan, *, say: Callable[[str], None] = print) -> Run:
     model = GPT(VOCABULARY, context=LENGTH, n_layers=2, dim=64, n_heads=4, tied=False)
     options = {"checkpoints": 2 * plan.segments, "keep_optimizer": True, "normalize": "tokens"}
     record = train_model(model, train, TASK, stages, folder=plan.folder / "run", **options)
+    assert record is not None
     say(f"{record.steps} steps, last loss {record.losses[-1]:.2f} nats a word")
     return Run(model=model, task=TASK, train=train, trajectory=record)
 
