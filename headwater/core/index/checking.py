@@ -16,7 +16,7 @@ from headwater.core.files import ArtifactError, ArtifactMismatch, sync_folder
 from headwater.core.fingerprint import short
 from headwater.core.fit import Fit
 from headwater.core.index.encoding import Encoding
-from headwater.core.index.journal import Journal, Ranges, ShardFacts, ranges_of
+from headwater.core.index.journal import Journal, Ranges, ShardFacts
 from headwater.core.index.metric import ProjectedMetric, fit_metric
 from headwater.core.index.shards import (
     ShardLayout,
@@ -105,11 +105,16 @@ def _file_damage(path: Path, facts: dict[str, Any]) -> str | None:
 
 def bad_rows(path: Path, layout: ShardLayout, shard: ShardFacts) -> Ranges:
     """Rows of the blocks that are not what was written."""
-    bad = torch.zeros(shard.n, dtype=torch.bool)
+    bad: Ranges = []
     blocks = zip(spans(shard.blocks), shard.digests, _read_blocks(path, layout, shard), strict=True)
     for rows, digest, parts in blocks:
-        bad[rows] = parts is None or block_digest(parts) != digest
-    return ranges_of(bad)
+        if parts is not None and block_digest(parts) == digest:
+            continue
+        if bad and bad[-1][1] == rows.start:
+            bad[-1][1] = rows.stop
+        else:
+            bad.append([rows.start, rows.stop])
+    return bad
 
 
 def _read_blocks(
@@ -125,9 +130,11 @@ def _read_blocks(
 
 
 def _read_block(descriptor: int, layout: ShardLayout, rows: slice) -> dict[str, Tensor] | None:
-    parts, n = {}, rows.stop - rows.start
+    parts, n, end = {}, rows.stop - rows.start, os.fstat(descriptor).st_size
     for name, (dtype, shape) in layout.specs.items():
         size = n * layout.row_bytes(name)
+        if layout.place(name, rows.stop) > end:
+            return None
         data = bytearray(size)
         if os.preadv(descriptor, [data], layout.place(name, rows.start)) != size:
             return None

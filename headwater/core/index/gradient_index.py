@@ -287,8 +287,7 @@ class GradientIndex(Answers, StoredRows):
         data = fit.train if examples is None else as_examples(examples)
         folder = Path(folder)
         journal = Journal.read(folder)
-        _require(folder, journal, fit)
-        space = space_of(journal.space, fit, folder)
+        space = _space(folder, journal, fit)
         with FolderLock(folder):
             return repair(folder, fit, space, data, progress)
 
@@ -306,14 +305,13 @@ class GradientIndex(Answers, StoredRows):
         Raises:
             ArtifactMismatch: The fit is not the one that the index was made with.
         """
-        self.require(fit)
-        return space_of(self.journal.space, fit, self.folder)
+        return _space(self.folder, self.journal, fit)
 
     def info(self) -> dict[str, Any]:
         """What the index holds and how well it answers."""
         journal = self.journal
         files = sum(s.rows["bytes"] + s.ids["bytes"] for s in journal.shards)
-        return {
+        return journal.facts | {
             "folder": str(self.folder),
             "rows": len(self),
             "removed": self.n_rows - len(self),
@@ -328,7 +326,7 @@ class GradientIndex(Answers, StoredRows):
             "sources": len(journal.sources),
             "unfinished": journal.pending is not None,
             "made_from": journal.made_from,
-        } | journal.facts
+        }
 
     def project(
         self, fit: Fit, examples: Any, *, progress: Progress | None = None
@@ -367,6 +365,17 @@ def _require(folder: Path, journal: Journal, fit: Fit) -> None:
             f"The index in {folder} was made from {told}; build it again, or load the {' and '.join(differ)} it was "
             "made from."
         )
+
+
+def _space(folder: Path, journal: Journal, fit: Fit) -> Space:
+    """The coordinates of an index, made again from its fit."""
+    _require(folder, journal, fit)
+    space = space_of(journal.space, fit, folder)
+    if list(space.widths.items()) != list(journal.layers.items()):
+        raise ArtifactMismatch(
+            f"The rows of the index in {folder} have other widths than its coordinates; build it again."
+        )
+    return space
 
 
 def _source(fit: Fit, data: Examples, journal: Journal, shard_bytes: int) -> Source:

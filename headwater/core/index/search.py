@@ -13,7 +13,6 @@ from torch import Tensor
 
 from headwater.core.cost import available_memory_bytes
 from headwater.core.index.stored import StoredRows
-from headwater.core.scores import from_column
 from headwater.core.scoring import Strongest
 
 Mode = Literal["dot", "cosine", "relatif"]
@@ -156,7 +155,7 @@ def _column(stored: StoredRows, name: str) -> Any:
     column = stored.columns.column(full)
     if full.startswith("meta:"):
         return column
-    return pyarrow.array([str(v) for v in from_column(full, column.to_pylist())[1]])
+    return pyarrow.array([str(v) for v in stored.revived(full, column.to_pylist())[1]])
 
 
 def _compare(values: Any, name: str, asked: Any) -> Tensor:

@@ -625,14 +625,10 @@ def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
     Raises:
         ArtifactMismatch: The fit does not give that space again.
     """
-    facts = {k: v for k, v in record.items() if k not in ("fingerprint", "kind")}
     layers = list(fit.followed)
-    columns = {
-        name: tuple(None if c is None else torch.tensor(c, dtype=torch.int64) for c in both)
-        for name, both in facts.pop("columns", {}).items()
-    }
-    kept = {name: Kept.of(each) for name, each in facts.pop("kept", {}).items()}
-    names = set(columns) | set(kept) | set(facts.get("ranks", {}))
+    names = (
+        set(record.get("columns", {})) | set(record.get("kept", {})) | set(record.get("ranks", {}))
+    )
     if names != {x.name for x in layers}:
         odd = sorted(names ^ {x.name for x in layers})
         raise ArtifactMismatch(
@@ -640,14 +636,8 @@ def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
             f"{', '.join(odd[:4])}); fit with the layers of the index, or build it again."
         )
     try:
-        if record["kind"] == WhitenedSpace.kind:
-            curvature = _layerwise(fit, "The index")
-            space: Space = WhitenedSpace(layers, curvature, Damping(**facts["damping"]), kept)
-        elif record["kind"] == SketchedSpace.kind:
-            space = SketchedSpace(layers, _layerwise(fit, "The index"), facts)
-        else:
-            space = logra_space(fit, facts, columns or None)
-    except (ValueError, RuntimeError, IndexError) as error:
+        space = _named(record, fit, layers)
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ArtifactMismatch(
             f"The fit does not give the coordinates of the index in {folder} ({error}); load the fit that it was "
             "built with, or build the index again."
@@ -658,6 +648,26 @@ def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
             f"fit gives {space.fingerprint[:12]}…); load the fit that it was built with, or build the index again."
         )
     return space
+
+
+def _named(record: Mapping[str, Any], fit: Fit, layers: list[Layer]) -> Space:
+    """The space of a record, whose content is not trusted."""
+    facts = {k: v for k, v in record.items() if k not in ("fingerprint", "kind")}
+    for layer in layers:
+        stretches = facts.get("kept", {}).get(layer.name, [None])[-1] or []
+        if any(not 0 <= a < b <= layer.numel for a, b in stretches):
+            raise ValueError(f"layer {layer.name!r} has {layer.numel} numbers")
+    kept = {name: Kept.of(each) for name, each in facts.pop("kept", {}).items()}
+    columns = {
+        name: tuple(None if c is None else torch.tensor(c, dtype=torch.int64) for c in both)
+        for name, both in facts.pop("columns", {}).items()
+    }
+    if record["kind"] == WhitenedSpace.kind:
+        curvature = _layerwise(fit, "The index")
+        return WhitenedSpace(layers, curvature, Damping(**facts["damping"]), kept)
+    if record["kind"] == SketchedSpace.kind:
+        return SketchedSpace(layers, _layerwise(fit, "The index"), facts)
+    return logra_space(fit, facts, columns or None)
 
 
 def kept_share(space: Space, fit: Fit) -> float | None:

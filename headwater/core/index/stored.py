@@ -138,7 +138,12 @@ class StoredRows:
         parts = []
         for facts, shard in zip(self.journal.shards, self.shards, strict=True):
             own = self.metric(f"squares:{facts.number}")
-            parts.append(shard.squares() if own is None else own)
+            own = shard.squares() if own is None else own
+            if own.shape != (facts.n,):
+                raise ArtifactDamaged(
+                    f"{self.folder}: the second moments are not those of shard {facts.number}. {HOW_TO_MEND}"
+                )
+            parts.append(own)
         return torch.cat(parts)
 
     def table(self, number: int) -> "pyarrow.Table":
@@ -146,12 +151,19 @@ class StoredRows:
         import pyarrow
         import pyarrow.parquet
 
+        facts = self.journal.shards[number]
         try:
             self._tables[number].seek(0)
-            return pyarrow.parquet.ParquetFile(self._tables[number]).read()
+            table = pyarrow.parquet.ParquetFile(self._tables[number]).read()
+            kinds = {f.name: f.type for f in table.schema}
+            named = kinds.get("id") == pyarrow.string() and kinds.get("number") == pyarrow.int64()
+            if not named or table.num_rows != facts.n:
+                raise ValueError(f"it is no table of {facts.n} ids and numbers")
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            path = self.folder / self.journal.shards[number].ids_file
-            raise ArtifactDamaged(f"{path} cannot be read: {error}. {HOW_TO_MEND}") from error
+            told = str(error).rstrip(".")
+            path = self.folder / facts.ids_file
+            raise ArtifactDamaged(f"{path} cannot be read: {told}. {HOW_TO_MEND}") from error
+        return table
 
     @cached_property
     def columns(self) -> "pyarrow.Table":
@@ -182,7 +194,16 @@ class StoredRows:
     def metadata(self, positions: Tensor | None = None) -> dict[str, list]:
         """Columns of metadata at some positions."""
         names = [n for n in self.columns.column_names if n not in ("id", "number")]
-        return dict(from_column(n, self._taken(n, positions)) for n in names)
+        return dict(self.revived(n, self._taken(n, positions)) for n in names)
+
+    def revived(self, name: str, values: list) -> tuple[str, list]:
+        """The name and values of a stored column of metadata."""
+        try:
+            return from_column(name, values)
+        except (ValueError, TypeError) as error:
+            raise ArtifactDamaged(
+                f"The metadata column {name!r} in {self.folder} is not what was written: {error}. {HOW_TO_MEND}"
+            ) from error
 
     def _taken(self, column: str, positions: Tensor | None) -> list:
         positions = self.live.nonzero().flatten() if positions is None else positions
