@@ -26,7 +26,7 @@ from headwater.core.index.shards import (
     spans,
 )
 from headwater.core.index.spaces import Space
-from headwater.core.index.stored import metric_name
+from headwater.core.index.stored import metric_name, require_finished
 from headwater.core.index.writing import RowPlan, StreamedRows, write_ids
 from headwater.core.target import Loss
 
@@ -69,8 +69,10 @@ def verify(folder: Path, progress: Progress | None = None) -> list[Damage]:
 
     Raises:
         ArtifactDamaged: `index.json` itself is.
+        ArtifactMissing: The first build is not finished.
     """
     journal = Journal.read(folder)
+    require_finished(folder, journal)
     found: list[Damage] = []
     for number, shard in enumerate(journal.shards):
         ids = _file_damage(folder / shard.ids_file, shard.ids)
@@ -156,23 +158,26 @@ def repair(
 ) -> list[Damage]:
     """Make damaged rows, tables and second moments again; call it under the folder's lock.
 
-    Rows come from the same batches as before, so that on the machine that built the index they have the same bytes.
+    What was made from other data is left as it is; with several sources call it once with the data of each. Rows come
+    from the same batches as before, so that on the machine that built the index they have the same bytes.
 
     Raises:
-        ArtifactMismatch: What is damaged was made from other data.
+        ArtifactMismatch: All that is damaged was made from other data.
     """
     journal = Journal.read(folder)
-    damages = verify(folder, progress)
-    whose = {s.number: s for s in journal.shards}
-    fingerprint = data.fingerprint()
-    for damage in damages:
-        if damage.shard is not None:
-            known = journal.sources[whose[damage.shard].source].data
-            if known != fingerprint:
-                raise ArtifactMismatch(
-                    f"{damage.file} was made from other data (saved {short(known)}…, given {short(fingerprint)}…); "
-                    "point to the data whose rows are damaged."
-                )
+    whose = {s.number: journal.sources[s.source].data for s in journal.shards}
+    fingerprint, damages, others = data.fingerprint(), [], []
+    for damage in verify(folder, progress):
+        own = damage.shard is None or whose[damage.shard] == fingerprint
+        (damages if own else others).append(damage)
+    if {d.shard for d in others} & set((journal.metric or {}).get("shards", ())):
+        damages = [d for d in damages if d.shard is not None]  # second moments wait for their rows
+    if others and not damages:
+        first = others[0]
+        raise ArtifactMismatch(
+            f"{first.file} was made from other data (saved {short(whose[first.shard or 0])}…, given "
+            f"{short(fingerprint)}…); point to the data whose rows are damaged."
+        )
     metric = None
     if journal.metric is not None and not any(d.file.startswith("metric") for d in damages):
         metric = ProjectedMetric.read(folder, journal)

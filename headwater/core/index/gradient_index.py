@@ -278,11 +278,11 @@ class GradientIndex(Answers, StoredRows):
         Args:
             folder: The index.
             fit: The fit it was made with.
-            examples: The data of the damaged rows; the fit's training data when left out.
+            examples: The data of the damaged rows; the fit's training data when left out. Rows of other data stay.
             progress: Called with (done, total, note).
 
         Raises:
-            ArtifactMismatch: The fit or the data are not those of the index.
+            ArtifactMismatch: The fit is not that of the index, or nothing that is damaged was made from the data.
         """
         data = fit.train if examples is None else as_examples(examples)
         folder = Path(folder)

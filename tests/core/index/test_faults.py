@@ -159,8 +159,9 @@ def test_a_build_that_ends_between_any_two_writes_goes_on(builds, uninterrupted,
 
 def test_an_unfinished_index_is_not_read(builds, tmp_path):
     builds.run(tmp_path / "index", calls=30)
-    with pytest.raises(ArtifactMissing, match="goes on where it stopped"):
-        GradientIndex(tmp_path / "index")
+    for use in (GradientIndex, GradientIndex.verify):
+        with pytest.raises(ArtifactMissing, match="goes on where it stopped"):
+            use(tmp_path / "index")
 
 
 def test_a_flipped_byte_anywhere_is_found_and_mended_or_refused(index, whole, fitted, capsys):
@@ -242,6 +243,27 @@ def test_damage_of_several_files_and_of_the_second_moments_is_mended(tmp_path, f
     with pytest.raises(ArtifactMismatch, match="other data"):
         GradientIndex.repair(folder, fitted)
     GradientIndex.repair(folder, fitted, data(150, seed=5, prefix="b"))
+    assert content(folder) == expected
+
+
+@pytest.mark.parametrize("kind", [Whitened(rank=4, damping=0.01, sides="leading"), LoGra(rank=3)])
+def test_damage_of_several_sources_is_mended_source_by_source(tmp_path, fitted, kind):
+    folder, more = tmp_path / "index", data(150, seed=5, prefix="b")
+    build(fitted, folder, kind=kind, sample=0)
+    GradientIndex(folder).add(fitted, more)
+    expected = content(folder)
+    names = ["rows-00000.safetensors", "rows-00003.safetensors", "ids-00003.parquet"]
+    names += ["metric-00000.safetensors"] * isinstance(kind, LoGra)
+    for name in names:
+        raw = bytearray((folder / name).read_bytes())
+        raw[len(raw) // 2] ^= 4
+        (folder / name).write_bytes(raw)
+    with pytest.raises(ArtifactMismatch, match="other data"):
+        GradientIndex.repair(folder, fitted, data(20, seed=8, prefix="c"))
+    mended = [d.file for d in GradientIndex.repair(folder, fitted, more)]
+    assert sorted(mended) == ["ids-00003.parquet", "rows-00003.safetensors"]
+    mended = [d.file for d in GradientIndex.repair(folder, fitted)]
+    assert set(mended) == set(names) - {"ids-00003.parquet", "rows-00003.safetensors"}
     assert content(folder) == expected
 
 
