@@ -23,7 +23,7 @@ COMMANDS: dict[str, str] = {
     "rerun": "repeat a run from its run.json",
     "cite": "BibTeX for what a run used",
 }
-TOGETHER = ("fit", "trace")  # what several processes share under torchrun
+TOGETHER = ("fit", "index", "trace")  # what several processes share under torchrun
 
 HELP = """usage: headwater COMMAND ...
 
@@ -39,7 +39,7 @@ examples:
   headwater timeline runs/mine --prompt "The river rises in"
   headwater verify runs/mine
 
-Every command has --help, and --json for machines. fit and trace run on several processes or machines:
+Every command has --help, and --json for machines. fit, index build and trace run on several processes or machines:
   torchrun --nproc-per-node 2 -m headwater fit path/to/model data.jsonl --out runs/mine
 Models of other kinds: see the Python interface.
 """

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from headwater.trace import Indexed
 
 FOLDER, HELDOUT = "index", "index-heldout"
+TOGETHER = ("build", "add")  # what several processes share under torchrun
 DUPLICATE = 0.999  # cosine of rows from which examples are shown as one
 
 
@@ -164,6 +165,10 @@ def run(words: list[str]) -> int:
         return 0
     if words[0] not in ACTIONS:
         raise ValueError(f"Expected one of {', '.join(ACTIONS)}; got {words[0]!r}.")
+    from headwater.core.distributed import current
+
+    if current().size > 1 and words[0] not in TOGETHER:
+        raise ValueError(f"index {words[0]} runs in one process; start it without torchrun.")
     flags, action = ACTIONS[words[0]]
     return action(parse(flags, words[1:], prog=f"index {words[0]}"))
 
@@ -283,7 +288,7 @@ def _repair(command: Verify, place: Path, progress: "Progress | None") -> list["
         return GradientIndex.repair(place, fitted, examples, progress)
     journal, own = Journal.read(place), session.train.fingerprint()
     source = {s.number: journal.sources[s.source].data for s in journal.shards}
-    wanted = {source.get(d.shard, own) for d in GradientIndex.verify(place)}
+    wanted = {own if d.shard is None else source[d.shard] for d in GradientIndex.verify(place)}
     given = _sources(wanted, session, record, command.folder)
     found = []
     for name in sorted(given, key=lambda name: name == own):  # what is made of all rows comes last
