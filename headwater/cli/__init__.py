@@ -23,7 +23,12 @@ COMMANDS: dict[str, str] = {
     "rerun": "repeat a run from its run.json",
     "cite": "BibTeX for what a run used",
 }
-TOGETHER = ("fit", "index", "trace")  # what several processes share under torchrun
+TOGETHER = (
+    "fit",
+    "trace",
+    "index build",
+    "index add",
+)  # what several processes share under torchrun
 
 HELP = """usage: headwater COMMAND ...
 
@@ -71,4 +76,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int:
         return import_module(f"headwater.cli.{words[0]}").run(words[1:])
 
-    return guarded(lambda: one_voice(run, words[0], shared=words[0] in TOGETHER))
+    name = " ".join(words[: 1 + (words[0] == "index")])
+    return guarded(lambda: one_voice(run, name, shared=name in TOGETHER))

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from headwater.trace import Indexed
 
 FOLDER, HELDOUT = "index", "index-heldout"
-TOGETHER = ("build", "add")  # what several processes share under torchrun
 DUPLICATE = 0.999  # cosine of rows from which examples are shown as one
 
 
@@ -165,10 +164,6 @@ def run(words: list[str]) -> int:
         return 0
     if words[0] not in ACTIONS:
         raise ValueError(f"Expected one of {', '.join(ACTIONS)}; got {words[0]!r}.")
-    from headwater.core.distributed import current
-
-    if current().size > 1 and words[0] not in TOGETHER:
-        raise ValueError(f"index {words[0]} runs in one process; start it without torchrun.")
     flags, action = ACTIONS[words[0]]
     return action(parse(flags, words[1:], prog=f"index {words[0]}"))
 

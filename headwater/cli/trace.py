@@ -66,11 +66,6 @@ class Trace(Question):
             )
         if self.where and not self.index:
             raise ValueError("--where needs --index; without it every training example is scored.")
-        if self.index and self.method != InfluenceFlags():
-            raise ValueError(
-                "--damping, --rank, --cg-steps and --confidence-level change nothing with --index: its rows were made "
-                "with a damping and a rank of their own. Leave them out, or leave out --index."
-            )
         if self.top < 1:
             raise ValueError(f"Expected --top of 1 or more; got {self.top}.")
         check_name(self.name, "trace")

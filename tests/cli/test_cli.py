@@ -642,8 +642,6 @@ def test_added_data_are_read_whole_though_the_fit_had_a_limit(growing, tmp_path,
     [
         (("--where", "topic=hills", "--where", "topic=a..b"), "one range or values of 'topic'"),
         (("--where", "topic=a..b", "--where", "topic=hills"), "one range or values of 'topic'"),
-        (("--cg-steps", "2"), "change nothing with --index"),
-        (("--damping", "0.1"), "change nothing with --index"),
     ],
 )
 def test_what_an_index_cannot_be_asked_is_said(indexed, words, said, capsys):

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headwater.core.capture import Progress, sweep
 from headwater.core.examples import Examples
-from headwater.core.files import ArtifactError, ArtifactMismatch, sync_folder
+from headwater.core.files import ArtifactMismatch, sync_folder
 from headwater.core.fingerprint import short
 from headwater.core.fit import Fit
 from headwater.core.index.encoding import Encoding
@@ -27,7 +27,7 @@ from headwater.core.index.shards import (
 )
 from headwater.core.index.spaces import Space
 from headwater.core.index.stored import metric_name, require_finished
-from headwater.core.index.writing import RowPlan, StreamedRows, write_ids
+from headwater.core.index.writing import BatchRows, RowPlan, write_ids
 from headwater.core.target import Loss
 
 
@@ -181,6 +181,7 @@ def repair(
     metric = None
     if journal.metric is not None and not any(d.file.startswith("metric") for d in damages):
         metric = ProjectedMetric.read(folder, journal)
+    again = _Again(fit, space, data, progress)
     for damage in damages:
         if damage.shard is None:
             continue
@@ -192,10 +193,8 @@ def repair(
             shard = replace(shard, ids=write_ids(folder, shard.number, data, order, offset))
         else:
             own = journal.metric is not None and shard.number not in journal.metric["shards"]
-            shard = _mended(
-                folder, journal, shard, plan, damage.rows, fit, space, data,
-                metric if own else None, progress,
-            )  # fmt: skip
+            made = again.rows(journal.encoding, shard, plan, damage.rows)
+            shard = _mended(folder, journal, shard, made, metric if own else None)
         journal = journal.with_shard(shard)
         journal.write(folder)
     if journal.metric is not None and any(d.file.startswith("metric") for d in damages):
@@ -208,16 +207,10 @@ def _mended(
     folder: Path,
     journal: Journal,
     shard: ShardFacts,
-    plan: RowPlan,
-    bad: Ranges,
-    fit: Fit,
-    space: Space,
-    data: Examples,
+    made: Mapping[int, Tensor],
     metric: ProjectedMetric | None,
-    progress: Progress | None,
 ) -> ShardFacts:
-    """A shard's file with its bad rows made again, in its old place."""
-    made = _made_again(journal.encoding, shard, plan, bad, fit, space, data, progress)
+    """A shard's file with the rows that were made again, by the first row of each block, in its old place."""
     place = folder / ".mending"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -236,39 +229,35 @@ def _mended(
     return replace(shard, rows=facts, digests=writer.digests)
 
 
-def _made_again(
-    encoding: Encoding,
-    shard: ShardFacts,
-    plan: RowPlan,
-    bad: Ranges,
-    fit: Fit,
-    space: Space,
-    data: Examples,
-    progress: Progress | None,
-) -> dict[int, Tensor]:
-    """Rows of the bad blocks, by the first row of each block."""
-    wanted = {
-        rows.start: rows for rows in spans(shard.blocks) if any(a <= rows.start < b for a, b in bad)
-    }
-    if not wanted:
-        return {}
-    of_plan = shard.plan_rows()
-    needed = torch.cat([of_plan[rows] for rows in wanted.values()])
-    numbers = plan.batches_with(needed)
-    batches = [plan.batches[i] for i in numbers]
-    found: dict[int, Tensor] = {}
+@dataclass(frozen=True, eq=False)
+class _Again:
+    """What damaged rows are made again from."""
 
-    def keep(indices: Tensor, rows: Tensor) -> None:
-        for i, row in zip(indices.tolist(), rows, strict=True):
-            found[i] = row
+    fit: Fit
+    space: Space
+    data: Examples
+    progress: Progress | None
 
-    sweep(
-        space.capture(fit), data, [StreamedRows(space, keep)], Loss(), batches=batches,
-        progress=progress, note="repair",
-    )  # fmt: skip
-    if not found:
-        raise ArtifactError("No row came out of the pass that was to make damaged rows again.")
-    return {
-        start: torch.stack([found[int(plan.order[i])] for i in of_plan[rows]])
-        for start, rows in wanted.items()
-    }
+    def rows(
+        self, encoding: Encoding, shard: ShardFacts, plan: RowPlan, bad: Ranges
+    ) -> dict[int, Tensor]:
+        """Rows of the bad blocks, by the first row of each block."""
+        wanted = {
+            rows.start: rows
+            for rows in spans(shard.blocks)
+            if any(a <= rows.start < b for a, b in bad)
+        }
+        if not wanted:
+            return {}
+        of_plan = shard.plan_rows()
+        needed = torch.cat([of_plan[rows] for rows in wanted.values()])
+        numbers = plan.batches_with(needed)
+        batches = [plan.batches[i] for i in numbers]
+        found = BatchRows(self.space)
+        sweep(
+            self.space.capture(self.fit), self.data, [found], Loss(), batches=batches, progress=self.progress,
+            note="repair",
+        )  # fmt: skip
+        return {
+            start: found.of(plan.order[of_plan[rows]].tolist()) for start, rows in wanted.items()
+        }

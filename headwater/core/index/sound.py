@@ -85,8 +85,9 @@ def _require_shard(
     _require(shard["source"] < len(sources), f"{what} is of no source")
     _require(n * row_bytes <= shard["rows"]["bytes"], f"{what} has more rows than its file holds")
     _require(len(shard["digests"]) == len(shard["blocks"]), f"{what} lacks checksums")
-    whole = first < last <= sources[shard["source"]]["n"]
-    _require(whole, f"{what} has rows that its source does not have")
+    source = sources[shard["source"]]
+    there = source.get("training", False) or last <= source["n"]  # training sees examples again
+    _require(first < last and there, f"{what} has rows that its source does not have")
     for name, low, high in (("dropped", first, last), ("removed", 0, n)):
         ends = list(chain.from_iterable(shard[name]))
         pairs = all(len(pair) == 2 and pair[0] < pair[1] for pair in shard[name])

@@ -283,7 +283,22 @@ def _read(x: Tensor, side: Tensor | None, groups: int = 0) -> Tensor:
     return x.gather(-1, side.view(shape).expand(*x.shape[:-1], side.shape[1]))
 
 
-class SketchedSpace(Space):
+class MatrixSpace(Space):
+    """Coordinates that a two-sided projection gives; `projection` is set before it is used."""
+
+    projection: TwoSided
+
+    def width(self, layer: Layer) -> int:
+        return self.projection.width(layer)
+
+    def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
+        return self.projection(layer, block)
+
+    def clear(self) -> None:
+        self.projection.clear()
+
+
+class SketchedSpace(MatrixSpace):
     """Random mixtures of all whitened coordinates, with a separable inverse.
 
     Args:
@@ -314,15 +329,6 @@ class SketchedSpace(Space):
             used |= {f"{i}:{layer.name}": q for i, q in enumerate((Q_A, Q_G)) if q is not None}
         self.projection = TwoSided(sides=sides)
         self._digest = fingerprint_tensors((k, v.contiguous()) for k, v in used.items())
-
-    def width(self, layer: Layer) -> int:
-        return self.projection.width(layer)
-
-    def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
-        return self.projection(layer, block)
-
-    def clear(self) -> None:
-        self.projection.clear()
 
     def record(self) -> dict[str, Any]:
         facts = {"kind": self.kind} | self.facts
@@ -491,7 +497,7 @@ def _used(mask: Tensor) -> Tensor | None:
     return mask.int().topk(most, dim=-1).indices.sort(-1).values
 
 
-class LoGraSpace(Space):
+class LoGraSpace(MatrixSpace):
     """Two-sided projections of gradients; the curvature is that of the projected gradients.
 
     Args:
@@ -505,15 +511,6 @@ class LoGraSpace(Space):
     def __init__(self, layers: list[Layer], projection: TwoSided, facts: dict[str, Any]):
         super().__init__(layers)
         self.projection, self.facts = projection, facts
-
-    def width(self, layer: Layer) -> int:
-        return self.projection.width(layer)
-
-    def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
-        return self.projection(layer, block)
-
-    def clear(self) -> None:
-        self.projection.clear()
 
     def record(self) -> dict[str, Any]:
         facts = {"kind": self.kind} | self.facts

@@ -89,24 +89,8 @@ class SpaceRows(Accumulator):
         self._rows = tensors.get("rows")
 
 
-class StreamedRows(SpaceRows):
-    """The same, each batch handed on and forgotten.
-
-    Args:
-        space: The coordinates.
-        receive: Called with the examples' numbers and their rows, batch by batch.
-    """
-
-    def __init__(self, space: Space, receive: Callable[[Tensor, Tensor], None]):
-        super().__init__(space, 0)
-        self.receive = receive
-
-    def take(self, batch: BatchInfo, rows: Float[Tensor, "row dim"]) -> None:
-        self.receive(batch.indices, rows)
-
-
 class BatchRows(SpaceRows):
-    """The same, batch by batch in any order, put together over the ranks.
+    """The same for some of the data, batch by batch and put together over the ranks.
 
     Args:
         space: The coordinates.

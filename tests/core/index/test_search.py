@@ -290,3 +290,27 @@ def test_a_fit_of_other_layers_is_refused_by_name(index, fitted):
     other = fit(fitted.model, data(), fitted.task, curvature="identity", layers=["0.*"])
     with pytest.raises(ArtifactMismatch, match="covers 2 layers, the fit follows 1"):
         index.ask(other, data(2, seed=2))
+
+
+def test_held_out_examples_that_were_removed_are_not_counted_and_other_coordinates_refused(
+    index, fitted, queries, tmp_path
+):
+    heldout = build(fitted, tmp_path / "a", examples=data(60, seed=4, prefix="h"), sample=0)
+    heldout.remove([f"h{i}" for i in range(0, 60, 2)])
+    method = Indexed(index=index, heldout=heldout, keep=5)
+    left = build(
+        fitted,
+        tmp_path / "b",
+        examples=data(60, seed=4, prefix="h").subset([*range(1, 60, 2)]),
+        sample=0,
+    )
+    one, two = (
+        m.attribute(fitted, queries) for m in (method, Indexed(index=index, heldout=left, keep=5))
+    )
+    assert one.control.shape[1] == 30
+    torch.testing.assert_close(one.control.sort(1).values, two.control.sort(1).values)
+    torch.testing.assert_close(one.significance, two.significance)
+    kind = Whitened(rank=4, damping=0.02, sides="leading")
+    other = build(fitted, tmp_path / "c", examples=data(60, seed=4), kind=kind, sample=0)
+    with pytest.raises(ArtifactMismatch, match="another projection"):
+        Indexed(index=index, heldout=other, keep=5).attribute(fitted, queries)
