@@ -1,11 +1,12 @@
 """What a rank of a small process group does in the tests: `python -m tests.ranks JOB RANK SIZE FOLDER`."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from headwater.core import capture
 from headwater.core.curvature import EKFAC, KFAC, CurvatureMethod, Diagonal, Dual
 from headwater.core.distributed import RankFailed, current
 from headwater.core.examples import TensorExamples
+from headwater.core.index import GradientIndex, LoGra, writing
 from headwater.trace import Influence
+from tests import index_builds
 from tests.cases import TASK, mlp, mlp_data
 
 METHODS: dict[str, CurvatureMethod] = {
@@ -194,6 +197,83 @@ def resumed(folder: Path) -> None:
     torch.save(found, folder / f"resumed-{current().size}-{current().rank}.pt")
     if current().is_first:
         (folder / f"ran-{current().size}").write_text("\n".join(ran))
+
+
+def indexes(folder: Path) -> None:
+    """Indexes of two kinds with additions, and one of fewer batches than ranks; the first rank's number names them."""
+    place, fitted = folder / f"indexes-{current().size}", index_builds.small_fit()
+    for name, kind in {"whitened": None, "logra": LoGra(rank=3)}.items():
+        given = {} if kind is None else {"kind": kind}
+        index = index_builds.build(fitted, place / name, dtype="int8", **given)
+        index.add(fitted, index_builds.data(90, seed=7, prefix="b"))
+        assert len(index) == index_builds.N + 90 and len(GradientIndex(place / name)) == len(index)
+    small = index_builds.data(40, seed=8, prefix="c")
+    index_builds.build(fitted, place / "few", examples=small, sample=0)
+
+
+def index_killed(folder: Path) -> None:
+    """Rank 1 is killed in the middle of a build."""
+    fitted, plain = index_builds.small_fit(), index_builds.Slow.batch
+    writing._ROUND = 0.0  # the ranks meet after every few batches
+    reads: list[int] = []
+
+    def batch(self, indices):
+        reads.append(1)
+        if current().rank == 1 and len(reads) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, indices)
+
+    index_builds.Slow.batch = batch  # type: ignore[method-assign]
+    try:
+        index_builds.build(fitted, folder / "index", sample=0)
+    except RankFailed as error:
+        (folder / f"failed-{current().rank}").write_text(str(error))
+        raise
+
+
+def index_resumed(folder: Path) -> None:
+    """The same build goes on; how many batches this rank ran is kept."""
+    fitted, plain = index_builds.small_fit(), index_builds.Slow.batch
+    read: list[int] = []
+
+    def batch(self, indices):
+        read.extend(indices)
+        return plain(self, indices)
+
+    index_builds.Slow.batch = batch  # type: ignore[method-assign]
+    index_builds.build(fitted, folder / "index", sample=0)
+    (folder / f"read-{current().rank}").write_text(str(len(read)))
+
+
+def index_failing(folder: Path) -> None:
+    """The first rank's disk is full in the middle of a build."""
+    fitted, plain, left = index_builds.small_fit(), os.pwrite, [6]
+
+    def full(descriptor, content, place):
+        left[0] -= 1
+        if current().is_first and left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(descriptor, content, place)
+
+    os.pwrite = full
+    told(folder, lambda: index_builds.build(fitted, folder / "index", sample=0))
+
+
+def index_differing(folder: Path) -> None:
+    """Rank 1 has other data."""
+    other = index_builds.data(seed=current().rank)
+    fitted = index_builds.small_fit()
+    told(folder, lambda: index_builds.build(fitted, folder / "index", examples=other, sample=0))
+
+
+def told(folder: Path, act: Callable[[], Any]) -> None:
+    """Keep what an error says, for which there is time until both have said it."""
+    try:
+        act()
+    except (RankFailed, OSError, ValueError) as error:
+        (folder / f"told-{current().rank}").write_text(f"{type(error).__name__}: {error}")
+        wait(folder / f"told-{1 - current().rank}")
+        raise
 
 
 def start(

@@ -23,7 +23,12 @@ COMMANDS: dict[str, str] = {
     "rerun": "repeat a run from its run.json",
     "cite": "BibTeX for what a run used",
 }
-TOGETHER = ("fit", "trace")  # what several processes share under torchrun
+TOGETHER = (
+    "fit",
+    "trace",
+    "index build",
+    "index add",
+)  # what several processes share under torchrun
 
 HELP = """usage: headwater COMMAND ...
 
@@ -39,7 +44,7 @@ examples:
   headwater timeline runs/mine --prompt "The river rises in"
   headwater verify runs/mine
 
-Every command has --help, and --json for machines. fit and trace run on several processes or machines:
+Every command has --help, and --json for machines. fit, index build and trace run on several processes or machines:
   torchrun --nproc-per-node 2 -m headwater fit path/to/model data.jsonl --out runs/mine
 Models of other kinds: see the Python interface.
 """
@@ -71,4 +76,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int:
         return import_module(f"headwater.cli.{words[0]}").run(words[1:])
 
-    return guarded(lambda: one_voice(run, words[0], shared=words[0] in TOGETHER))
+    name = " ".join(words[: 1 + (words[0] == "index")])
+    return guarded(lambda: one_voice(run, name, shared=name in TOGETHER))

@@ -225,6 +225,7 @@ def read_examples(
     language: "LanguageModel",
     *,
     train: "TextExamples | None" = None,
+    what: str = "held-out example",
 ) -> "TextExamples":
     """Examples of a file, with what happened to them said aloud; so is what they share with `train`."""
     from headwater.data.text import read_records
@@ -243,7 +244,7 @@ def read_examples(
     examples = tokenize(records, language.tokenizer, max_length=length)
     for message in examples.report.messages:
         say(f"  {path.name}: {message}")
-    shared = None if train is None else overlap(examples, train)
+    shared = None if train is None else overlap(examples, train, what)
     if shared:
         say(f"  {path.name}: {shared}")
     return examples

@@ -1,6 +1,7 @@
 """`headwater index`: rows of the training data, made once and asked many questions."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +12,11 @@ from headwater.cli.common import Session, emit_json, progress_bar, read_examples
 from headwater.cli.flags import RUN, parse, require
 
 if TYPE_CHECKING:
+    from headwater.cli.flags import DataFlags
+    from headwater.core.capture import Progress
     from headwater.core.fit import Fit
-    from headwater.core.index import GradientIndex, LoGra, Whitened
+    from headwater.core.index import Damage, GradientIndex, LoGra, Whitened
+    from headwater.data.tokens import TextExamples
     from headwater.trace import Indexed
 
 FOLDER, HELDOUT = "index", "index-heldout"
@@ -101,7 +105,8 @@ class Remove:
 
     def check(self) -> None:
         """Refuse to remove nothing."""
-        require("ids", len(self.ids), "one or more (or --compact)", bool(self.ids) or self.compact)
+        if not (self.ids or self.compact):
+            raise ValueError("Expected ids of examples, or --compact; got neither.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +146,7 @@ class Verify:
     Args:
         folder: The run folder or the index.
         repair: Make damaged rows again, and only those; needs the run folder.
-        data: The added data whose rows are damaged, where they are not the run's own.
+        data: Data to make rows from, where those of the run and those that were added have moved.
         json: Print the result as JSON.
     """
 
@@ -201,13 +206,15 @@ def _add(command: Add) -> int:
 
     session, record = run_session(command.run)
     index = GradientIndex(command.run / FOLDER)
-    columns = _columns(record)
-    more = read_examples(command.data, columns, session.language, train=session.train)
+    more = read_examples(
+        command.data, _columns(record), session.language, train=session.train, what="added example"
+    )
+    record = read_json(command.run / RUN)
+    path, known = str(command.data.resolve()), _added(record, command.run)
+    if path not in known:  # before the rows: however an addition ends, its file is known
+        write_json(command.run / RUN, record | {"index": [*known, path]})
     with progress_bar(quiet=command.json) as progress:
         index.add(_fit(command.run, session), more, progress=progress)
-    record = read_json(command.run / RUN)
-    record.setdefault("index", []).append(str(command.data.resolve()))
-    write_json(command.run / RUN, record)
     return _tell(index, command.json)
 
 
@@ -226,7 +233,7 @@ def _merge(command: Merge) -> int:
     from headwater.core.index import GradientIndex
 
     parts = [GradientIndex(_place(folder)) for folder in command.indexes]
-    return _tell(GradientIndex.merge(command.out, parts), command.json)
+    return _tell(GradientIndex.merge(_place(command.out), parts), command.json)
 
 
 def _info(command: Info) -> int:
@@ -241,13 +248,7 @@ def _verify(command: Verify) -> int:
     place = _place(command.folder)
     with progress_bar(quiet=command.json) as progress:
         if command.repair:
-            session, record = run_session(command.folder)
-            data = command.data
-            examples = (
-                None if data is None else read_examples(data, _columns(record), session.language)
-            )
-            fitted = _fit(command.folder, session)
-            found = GradientIndex.repair(place, fitted, examples, progress)
+            found = _repair(command, place, progress)
             left = GradientIndex.verify(place)
         else:
             found = left = GradientIndex.verify(place, progress)
@@ -257,9 +258,10 @@ def _verify(command: Verify) -> int:
     for damage in found:
         say(f"  {'mended: ' if command.repair else ''}{damage}")
     if left:
-        say(
-            f"{len(left)} damaged files. Mend them with: headwater index verify {command.folder} --repair"
-        )
+        how = "the data that their rows were made of are not at hand: name them with --data"
+        if not command.repair:
+            how = f"mend them with: headwater index verify {command.folder} --repair"
+        say(f"{len(left)} damaged file{'s' * (len(left) > 1)}; {how}")
         return 1
     say(
         "Every byte of the index is what was written."
@@ -267,6 +269,26 @@ def _verify(command: Verify) -> int:
         else "Nothing is damaged any more."
     )
     return 0
+
+
+def _repair(command: Verify, place: Path, progress: "Progress | None") -> list["Damage"]:
+    """Make what is damaged again, from the run's own data and from those that were added."""
+    from headwater.core.index import GradientIndex
+    from headwater.core.index.journal import Journal
+
+    session, record = run_session(command.folder)
+    fitted = _fit(command.folder, session)
+    if command.data is not None:
+        examples = read_examples(command.data, _columns(record), session.language)
+        return GradientIndex.repair(place, fitted, examples, progress)
+    journal, own = Journal.read(place), session.train.fingerprint()
+    source = {s.number: journal.sources[s.source].data for s in journal.shards}
+    wanted = {own if d.shard is None else source[d.shard] for d in GradientIndex.verify(place)}
+    given = _sources(wanted, session, record, command.folder)
+    found = []
+    for name in sorted(given, key=lambda name: name == own):  # what is made of all rows comes last
+        found += GradientIndex.repair(place, fitted, given[name], progress)
+    return found
 
 
 ACTIONS: dict[str, tuple[type, Callable[[Any], int]]] = {
@@ -284,10 +306,33 @@ def _place(folder: Path) -> Path:
     return folder / FOLDER if (folder / RUN).is_file() else folder
 
 
-def _columns(record: dict[str, Any]) -> Any:
+def _columns(record: dict[str, Any]) -> "DataFlags":
+    """How added data are read: as the run's own, but all of them."""
     from headwater.cli.flags import DataFlags, restore
 
-    return restore(DataFlags, record["fit"]["columns"])
+    return replace(restore(DataFlags, record["fit"]["columns"]), limit=None)
+
+
+def _added(record: dict[str, Any], run: Path) -> list[str]:
+    """Files that were added to a run's index."""
+    paths = record.get("index", [])
+    if not (isinstance(paths, list) and all(isinstance(p, str) for p in paths)):
+        raise ValueError(
+            f"{run / RUN} does not name the files that were added to the index; restore it from a copy."
+        )
+    return list(dict.fromkeys(paths))
+
+
+def _sources(
+    wanted: Collection[str], session: Session, record: dict[str, Any], run: Path
+) -> dict[str, "TextExamples"]:
+    """Those data of a run and its added files that have the fingerprints asked for, as far as they are there."""
+    found = {session.train.fingerprint(): session.train}
+    for path in map(Path, _added(record, run)):
+        if path.exists() and not set(wanted) <= set(found):
+            examples = read_examples(path, _columns(record), session.language)
+            found[examples.fingerprint()] = examples
+    return {name: examples for name, examples in found.items() if name in wanted}
 
 
 def _fit(run: Path, session: Session) -> "Fit":
@@ -359,10 +404,10 @@ def looked_up(facts: dict[str, Any]) -> list[str]:
 
 def journal_digests(run: Path) -> list[str]:
     """What the answers of a run's indexes depend on."""
-    from headwater.core.files import read_json
+    from headwater.core.index.shards import file_digest
 
     files = [run / name / "index.json" for name in (FOLDER, HELDOUT)]
-    return [read_json(f)["blake2b"] for f in files if f.is_file()]
+    return [file_digest(f) for f in files if f.is_file()]
 
 
 def indexed(
@@ -370,22 +415,20 @@ def indexed(
 ) -> tuple["Fit", "Indexed"]:
     """The method that looks a run's index up, and the fit with the texts of all its sources."""
     from headwater.core.index import GradientIndex
-    from headwater.data.tokens import joined
     from headwater.trace import Indexed
 
     index = GradientIndex(run / FOLDER)
-    columns = _columns(record)
-    added = [read_examples(Path(p), columns, session.language) for p in record.get("index", [])]
-    known = [s.data for s in index.journal.sources]
-    given = [session.train, *added]
-    if known != [g.fingerprint() for g in given]:
+    known = [source.data for source in index.journal.sources]
+    given = _sources(set(known), session, record, run)
+    if not set(known) <= set(given):
         from headwater.core.files import ArtifactMismatch
 
+        files = ", ".join([record["fit"]["data"], *_added(record, run)])
         raise ArtifactMismatch(
-            f"The index in {index.folder} was made from other data than the run now has; restore the files, or build "
-            "it again."
+            f"The index in {index.folder} was made from other data than the run now has; restore what has changed of "
+            f"{files}, or remove the index and build it again."
         )
-    texts = joined(given)
+    texts = _joined([given[name] for name in known], index)
     place = {name: i for i, name in enumerate(texts.ids)}
     heldout = run / HELDOUT
     method = Indexed(
@@ -396,6 +439,19 @@ def indexed(
         content=lambda name: tuple(texts.input_ids[place[name]].tolist()),
     )
     return replace(fitted, train=texts), method
+
+
+def _joined(parts: Sequence["TextExamples"], index: "GradientIndex") -> "TextExamples":
+    """The examples of all sources by their numbers; of those that share an id, removed ones get another."""
+    from headwater.data.tokens import joined
+
+    names = [name for part in parts for name in part.ids]
+    live, several = set(index.numbers()), Counter(names)
+    ids = [
+        f"{name} (removed, {i})" if several[name] > 1 and i not in live else name
+        for i, name in enumerate(names)
+    ]
+    return joined(parts, ids=ids)
 
 
 def conditions(words: Sequence[str]) -> dict[str, Any] | None:
@@ -411,10 +467,12 @@ def conditions(words: Sequence[str]) -> dict[str, Any] | None:
         if not (column and sign):
             raise ValueError(f"Expected --where column=value or column=low..high; got {word!r}.")
         low, between, high = value.partition("..")
-        if between:
-            found[column] = (low or None, high or None)
-        elif isinstance(found.get(column, []), list):
-            found.setdefault(column, []).append(value)
+        known = found.get(column, [])
+        if isinstance(known, tuple) or (between and known):
+            raise ValueError(
+                f"Expected one range or values of {column!r} in --where; got several, among them {word!r}."
+            )
+        found[column] = (low or None, high or None) if between else [*known, value]
     return found or None
 
 

@@ -62,12 +62,17 @@ def run(words: list[str]) -> int:
 
 def timeline(command: Timeline, *, quiet: bool = False) -> tuple["Result", Path]:
     """The timeline and its folder; a finished one of the same question is read."""
+    from headwater.core.files import ArtifactDamaged
     from headwater.trace.timeline import Timeline as Result
 
     folder = command.run / "timelines" / command.name
     asked, digest = as_asked(command)
     kept, plot = folder / "data", folder / "timeline.png"
-    found = Result.load(kept) if kept.is_dir() else None
+    try:
+        found = Result.load(kept) if kept.is_dir() else None
+    except ArtifactDamaged as error:
+        say(f"  {error} The timeline is made again.")
+        found = None
     if found is None or found.facts.get("question") != digest:
         plot.unlink(missing_ok=True)
         made = _timeline(command, quiet=quiet)
@@ -122,10 +127,11 @@ def _plot(found: "Result", path: Path) -> None:
     except ImportError as error:
         print(f"headwater: no plot: {error}", file=sys.stderr)
         return
-    figure = found.plot()
+    figure, partial = found.plot(), path.with_name(f".{path.name}.partial")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # texts of any script
-        figure.savefig(path, dpi=150)
+        figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
     plots.close(figure)
 
 

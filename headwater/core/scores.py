@@ -281,7 +281,9 @@ def to_column(name: str, values: list) -> tuple[str, list]:
 def from_column(name: str, values: list) -> tuple[str, list]:
     """Inverse of `to_column`."""
     kind, _, name = name.partition(":")
-    return name, [json.loads(v) for v in values] if kind == "json" else values
+    if kind != "json":
+        return name, values
+    return name, [None if v is None else json.loads(v) for v in values]
 
 
 _TENSORS = ("values", "low", "high", "significance", "control", "by_layer", "layer_totals")

@@ -120,8 +120,12 @@ class TextExamples(Examples):
         return pieces(self.tokenizer, self.input_ids[index].tolist())
 
 
-def joined(parts: Sequence[TextExamples]) -> TextExamples:
+def joined(parts: Sequence[TextExamples], *, ids: Sequence[str] | None = None) -> TextExamples:
     """Examples of several sources one after the other; columns that a source lacks are None there.
+
+    Args:
+        parts: The sources.
+        ids: Other ids for all of them.
 
     Raises:
         ValueError: An id is in two of them.
@@ -136,7 +140,7 @@ def joined(parts: Sequence[TextExamples]) -> TextExamples:
             for ids, labels in zip(part.input_ids, part.labels, strict=True)
         ],
         parts[0].tokenizer,
-        ids=[name for part in parts for name in part.ids],
+        ids=[name for part in parts for name in part.ids] if ids is None else ids,
         metadata={
             name: [v for p in parts for v in p.metadata.get(name, [None] * len(p))]
             for name in names
@@ -276,8 +280,8 @@ def completion_examples(
     return tokenize(records, tokenizer, max_length=max_length, add_bos=add_bos)
 
 
-def overlap(heldout: TextExamples, train: TextExamples) -> str:
-    """What held-out examples share with the training data, in a sentence; empty when they share nothing.
+def overlap(heldout: TextExamples, train: TextExamples, what: str = "held-out example") -> str:
+    """What held-out or added examples share with the training data, in a sentence; empty when they share nothing.
 
     An example is shared when its id is, or when its tokens are those of a training example under another id.
     """
@@ -296,7 +300,7 @@ def overlap(heldout: TextExamples, train: TextExamples) -> str:
             f"{len(equal):,} by content, such as {equal[0][0]!r}, which is {equal[0][1]!r} there"
         )
     n = len(named) + len(equal)
-    examples = "1 held-out example also occurs" if n == 1 else f"{n:,} held-out examples also occur"
+    examples = f"1 {what} also occurs" if n == 1 else f"{n:,} {what}s also occur"
     return f"{examples} in the training data ({'; '.join(parts)})." if n else ""
 
 

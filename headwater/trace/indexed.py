@@ -96,7 +96,9 @@ class Indexed(Attributor):
         facts = {"curvature": fit.facts["options"]["curvature"], "n_train": len(self.index)}
         found: dict[str, Any] = {"facts": scores.facts | facts}
         if self.heldout is not None and self.mode == "dot":
-            parts = [p for p, _ in products(self.heldout, asked.rows.float(), None)]
+            self.heldout.check(asked)
+            live = self.heldout.live
+            parts = [p for p, _ in products(self.heldout, asked.rows.float(), live)]
             held = -torch.cat(parts, dim=1) / self.index.journal.n_train
             found |= {"control": held, "significance": significance(scores.values, held)}
         return replace(scores, **found)

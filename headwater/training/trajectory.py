@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -324,9 +325,13 @@ class Trajectory:
             known["checkpoints"] = [
                 CheckpointRecord(**each) for each in known.get("checkpoints", [])
             ]
-            return cls(**known, folder=_file(path).parent)
-        except (TypeError, AttributeError) as error:
-            raise ArtifactDamaged(f"{_file(path)} is no record of a training run.") from error
+            found = cls(**known, folder=_file(path).parent)
+            _require_steps(found)
+            return found
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ArtifactDamaged(
+                f"{_file(path)} is no record of a training run ({error}); restore it from a copy, or train again."
+            ) from error
 
 
 def moments_by_name(moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -406,3 +411,14 @@ def checkpoint_at(step: int, *, lr_sum: float = 0.0, moments: bool = False) -> C
 def _file(path: str | Path) -> Path:
     path = Path(path)
     return path if path.suffix == ".json" else path / FILE
+
+
+def _require_steps(record: Trajectory) -> None:
+    """Refuse learning rates, stages and checkpoints of no run."""
+    n = len(record.lr)
+    if not all(type(rate) in (int, float) and isfinite(rate) for rate in record.lr):
+        raise ValueError("a learning rate is no finite number")
+    if not all(0 <= s.start <= s.stop <= n and 0 <= s.momentum < 1 for s in record.stages):
+        raise ValueError(f"a stage is not among its {n} steps")
+    if not all(type(c.step) is int and 0 <= c.step <= n for c in record.checkpoints):
+        raise ValueError(f"a checkpoint is not among its {n} steps")

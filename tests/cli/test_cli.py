@@ -570,10 +570,105 @@ def test_an_index_is_added_to_removed_from_verified_and_mended(indexed, place, c
     assert main(["index", "verify", str(indexed)]) == 0
 
 
+@pytest.fixture
+def growing(indexed, place, tmp_path):
+    """A copy of it with more data beside it, to be added."""
+    words, out = list(WORDS), tmp_path / "run"
+    shutil.copytree(indexed, out)
+    for k, year in enumerate((1990, "long ago")):
+        lines = [
+            {"id": f"g{k}-{i}", "text": " ".join(words[i + k + 5 : i + k + 10]), "year": year}
+            for i in range(4)
+        ]
+        (tmp_path / f"{k}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return out
+
+
+def test_an_addition_whose_record_was_lost_is_found_again(growing, tmp_path, capsys):
+    record, more = (growing / "run.json").read_bytes(), str(tmp_path / "0.jsonl")
+    assert main(["index", "add", str(growing), more]) == 0
+    (growing / "run.json").write_bytes(record)  # as if it had been killed before it wrote that
+    assert ask(growing, "--index", "--name", "lost") == 2
+    assert "0.jsonl" not in capsys.readouterr().err
+    assert main(["index", "add", str(growing), more]) == 2  # the ids are there already
+    assert "held-out" not in capsys.readouterr().err
+    assert ask(growing, "--index", "--name", "found") == 0
+    (tmp_path / "0.jsonl").rename(tmp_path / "moved.jsonl")
+    assert ask(growing, "--index", "--name", "moved") == 2
+    assert "0.jsonl, or remove the index" in capsys.readouterr().err
+
+
+def test_examples_that_were_removed_can_be_added_again(growing, tmp_path):
+    more, names = str(tmp_path / "0.jsonl"), [f"g0-{i}" for i in range(4)]
+    assert main(["index", "add", str(growing), more]) == 0
+    assert main(["index", "remove", str(growing), *names]) == 0
+    assert main(["index", "add", str(growing), more]) == 0
+    assert ask(growing, "--index", "--top", "30", "--name", "again") == 0
+    answer = Evidence.load(growing / "traces" / "again").answers[0]
+    assert set(names) < {x.example_id for _, _, x in answer.ranked()}
+
+
+def test_damage_of_the_own_and_of_added_data_is_mended_at_once(growing, tmp_path, capsys):
+    for k in range(2):
+        assert main(["index", "add", str(growing), str(tmp_path / f"{k}.jsonl")]) == 0
+    assert ask(growing, "--index", "--where", "year=1990", "--name", "types") == 0
+    rows = sorted((growing / "index").glob("rows-*"))
+    before = [path.read_bytes() for path in rows]
+    for path in rows:
+        path.write_bytes(path.read_bytes()[:-9])
+    assert main(["index", "verify", str(growing), "--repair"]) == 0
+    assert [path.read_bytes() for path in rows] == before
+    for path in rows[-2:]:
+        path.write_bytes(path.read_bytes()[:-9])
+    (tmp_path / "1.jsonl").unlink()
+    capsys.readouterr()
+    assert main(["index", "verify", str(growing), "--repair"]) == 1
+    assert "1 damaged file; the data" in capsys.readouterr().err
+
+
+def test_added_data_are_read_whole_though_the_fit_had_a_limit(growing, tmp_path, capsys):
+    record = json.loads((growing / "run.json").read_text())
+    record["fit"]["columns"]["limit"] = 12
+    (growing / "run.json").write_text(json.dumps(record))
+    words = " ".join(list(WORDS)[:4])
+    lines = [json.dumps({"id": f"many-{i}", "text": words}) for i in range(14)]
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    assert main(["index", "add", str(growing), str(tmp_path / "many.jsonl")]) == 0
+    assert ask(growing, "--index", "--where", "id=many-13", "--name", "last") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--where", "topic=hills", "--where", "topic=a..b"), "one range or values of 'topic'"),
+        (("--where", "topic=a..b", "--where", "topic=hills"), "one range or values of 'topic'"),
+    ],
+)
+def test_what_an_index_cannot_be_asked_is_said(indexed, words, said, capsys):
+    assert ask(indexed, "--index", "--name", "no", *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_index_record_that_is_none_is_one_clear_line(growing, capsys):
+    record = json.loads((growing / "run.json").read_text())
+    for value in (3, [3], "x", None):
+        (growing / "run.json").write_text(json.dumps(record | {"index": value}))
+        assert ask(growing, "--index", "--name", "no") == 2
+        assert "run.json does not name the files" in capsys.readouterr().err
+    (growing / "run.json").write_text(json.dumps(record))
+    (growing / "index-heldout" / "index.json").write_text("[1]")
+    assert ask(growing, "--index", "--name", "no") == 2
+    assert "index-heldout/index.json was not written" in capsys.readouterr().err
+
+
 def test_indexes_are_merged_and_others_are_refused(indexed, tmp_path, capsys):
     assert main(["index", "merge", str(tmp_path / "one"), str(indexed / "index-heldout")]) == 0
     assert main(["index", "info", str(tmp_path / "one")]) == 0
     assert "5 rows" in capsys.readouterr().err
+    assert main(["index", "merge", str(indexed), str(indexed / "index-heldout")]) == 2
+    assert "holds an index already" in capsys.readouterr().err
+    assert main(["index", "remove", str(indexed)]) == 2
+    assert "ids of examples, or --compact" in capsys.readouterr().err
     assert main(["index", "build", str(indexed), "--rank", "3"]) == 2
     assert "choose another folder" in capsys.readouterr().err
     assert main(["index"]) == 0 and "verify" in capsys.readouterr().out

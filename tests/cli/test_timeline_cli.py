@@ -114,6 +114,32 @@ def test_a_finished_timeline_is_read_and_another_question_is_not(run, place, mon
         main([*words, "--segments", "2"])
 
 
+def test_a_damaged_timeline_is_made_again_and_a_half_drawn_plot_is_none(
+    run, place, monkeypatch, capsys
+):
+    from matplotlib.figure import Figure
+
+    def killed(self, path, **options):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    words = ["timeline", run, *ASKED, "--name", "harmed", "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", killed)
+        assert main(words) == 130
+    assert main(words) == 0
+    folder = place / "tuned run" / "timelines" / "harmed"
+    assert (folder / "timeline.png").read_bytes()[1:4] == b"PNG"
+    told = capsys.readouterr().out.splitlines()[-1]
+    for path in sorted((folder / "data").iterdir()):
+        path.write_bytes(path.read_bytes()[:-5])
+        assert main(words) == 0
+        out, err = capsys.readouterr()
+        assert "made again" in err and path.name in err
+        assert json.loads(out)["queries"] == json.loads(told)["queries"]
+
+
 def test_the_record_leads_source_and_unrolling_from_beginning_to_end(run, place):
     language, train = examples(place)
     fitted = load(place / "tuned run" / "fit", language.model, train, CausalLM())

@@ -45,6 +45,7 @@ def place(tmp_path_factory) -> Path:
         for i in range(30)
     ]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "more.jsonl").write_text(json.dumps({"id": "more", "text": " ".join(WORDS[:4])}))
     (folder / "failing.py").write_text(FAILING)
     return folder
 
@@ -72,6 +73,17 @@ def test_two_processes_write_what_one_writes_and_speak_once(place):
         done = call(place, "trace", out, *asked, ranks=ranks)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("The same as a page") == 1
+    for ranks, out in ((1, "one"), (2, "two")):
+        done = call(place, "index", "build", out, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("headwater trace") == 1
+        done = call(place, "index", "add", out, "more.jsonl", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        {f.name: f.read_bytes() for f in (place / out / "index").iterdir()}
+        for out in ("one", "two")
+    )
+    assert one == two and "rows-00001.safetensors" in one
     one, two = (sorted((place / out / "fit").glob("*.safetensors")) for out in ("one", "two"))
     assert one and [f.read_bytes() for f in one] == [f.read_bytes() for f in two]
     one, two = (Evidence.load(place / out / "traces" / "trace") for out in ("one", "two"))
@@ -91,6 +103,8 @@ def test_a_mistake_is_reported_once(place):
     done = call(place, "fit", "nothing", "train.jsonl", "--out", "bad")
     lines = [line for line in done.stderr.splitlines() if line.startswith("headwater:")]
     assert len(lines) == 1 and "no folder 'nothing'" in lines[0]
-    done = call(place, "show", "one")
-    lines = [line for line in done.stderr.splitlines() if line.startswith("headwater:")]
-    assert lines == ["headwater: show runs in one process; start it without torchrun."]
+    for words in (("show",), ("index", "remove")):
+        done = call(place, *words, "one")
+        lines = [line for line in done.stderr.splitlines() if line.startswith("headwater:")]
+        what = f"{' '.join(words)} runs in one process"
+        assert lines == [f"headwater: {what}; start it without torchrun."]

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from headwater.core.files import ArtifactDamaged, ArtifactMissing
+from headwater.core.files import ArtifactDamaged, ArtifactMissing, write_json
 from headwater.training.trajectory import (
     CheckpointRecord,
     StageRecord,
@@ -165,3 +165,26 @@ def test_a_checkpoint_outside_of_the_folder_is_not_read(tmp_path):
     run.save(tmp_path / "run")
     with pytest.raises(ArtifactDamaged, match="is outside of"):
         run.load_checkpoint(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": ["a", "b"]},
+        {"lr": [0.1, float("nan")]},
+        {"stages": [{"stop": 10**12, "optimizer": "SGD", "weight_decay": 0.0}]},
+        {"stages": [{"stop": 2, "optimizer": "SGD", "weight_decay": 0.0, "momentum": 1.0}]},
+        {"stages": [{"stop": "x", "optimizer": "SGD", "weight_decay": 0.0}]},
+        {"checkpoints": [{"step": 10**15, "path": "x", "lr_sum": 0.0}]},
+        {"checkpoints": [{"step": "x", "path": "x", "lr_sum": 0.0}]},
+        {"stages": 3},
+    ],
+)
+def test_a_record_that_no_run_made_is_refused(change, tmp_path):
+    body = {"optimizer": "SGD", "lr": [0.1, 0.1], "weight_decay": 0.0, "seed": 0}
+    body |= {"batches": [["a"], ["b"]], "losses": [1.0, 1.0]}
+    write_json(tmp_path / "trajectory.json", body)
+    assert Trajectory.load(tmp_path).steps == 2
+    write_json(tmp_path / "trajectory.json", body | change)
+    with pytest.raises(ArtifactDamaged, match=r"(?s)trajectory\.json is no record.*train again"):
+        Trajectory.load(tmp_path)

@@ -239,13 +239,21 @@ class Answers(StoredRows, ABC):
         r"""$\frac1N \langle\varphi_n, \varphi_n\rangle$ of each row that is there, in the order of `ids()`."""
         return self.squares[self.live] / self.journal.n_train
 
-    def _check(self, asked: Asked, keep: int, mode: str) -> None:
+    def check(self, asked: Asked) -> None:
+        """Refuse queries that are rows of other coordinates.
+
+        Raises:
+            ArtifactMismatch: They are.
+        """
         own = self.journal.made_from["projection"]
         if asked.projection != own:
             raise ArtifactMismatch(
                 f"The queries are rows of another projection ({asked.projection[:12]}…) than the index in "
                 f"{self.folder} ({own[:12]}…); ask it with its own `ask`."
             )
+
+    def _check(self, asked: Asked, keep: int, mode: str) -> None:
+        self.check(asked)
         if keep < 1:
             raise ValueError(f"keep must be 1 or more; got {keep}.")
         if mode not in ("dot", "cosine", "relatif"):

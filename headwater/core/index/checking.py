@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from headwater.core.capture import Progress, sweep
 from headwater.core.examples import Examples
-from headwater.core.files import ArtifactError, ArtifactMismatch, sync_folder
+from headwater.core.files import ArtifactMismatch, sync_folder
 from headwater.core.fingerprint import short
 from headwater.core.fit import Fit
 from headwater.core.index.encoding import Encoding
-from headwater.core.index.journal import Journal, Ranges, ShardFacts, ranges_of
+from headwater.core.index.journal import Journal, Ranges, ShardFacts
 from headwater.core.index.metric import ProjectedMetric, fit_metric
 from headwater.core.index.shards import (
     ShardLayout,
@@ -26,8 +26,8 @@ from headwater.core.index.shards import (
     spans,
 )
 from headwater.core.index.spaces import Space
-from headwater.core.index.stored import metric_name
-from headwater.core.index.writing import RowPlan, StreamedRows, write_ids
+from headwater.core.index.stored import metric_name, require_finished
+from headwater.core.index.writing import BatchRows, RowPlan, write_ids
 from headwater.core.target import Loss
 
 
@@ -69,8 +69,10 @@ def verify(folder: Path, progress: Progress | None = None) -> list[Damage]:
 
     Raises:
         ArtifactDamaged: `index.json` itself is.
+        ArtifactMissing: The first build is not finished.
     """
     journal = Journal.read(folder)
+    require_finished(folder, journal)
     found: list[Damage] = []
     for number, shard in enumerate(journal.shards):
         ids = _file_damage(folder / shard.ids_file, shard.ids)
@@ -105,11 +107,16 @@ def _file_damage(path: Path, facts: dict[str, Any]) -> str | None:
 
 def bad_rows(path: Path, layout: ShardLayout, shard: ShardFacts) -> Ranges:
     """Rows of the blocks that are not what was written."""
-    bad = torch.zeros(shard.n, dtype=torch.bool)
+    bad: Ranges = []
     blocks = zip(spans(shard.blocks), shard.digests, _read_blocks(path, layout, shard), strict=True)
     for rows, digest, parts in blocks:
-        bad[rows] = parts is None or block_digest(parts) != digest
-    return ranges_of(bad)
+        if parts is not None and block_digest(parts) == digest:
+            continue
+        if bad and bad[-1][1] == rows.start:
+            bad[-1][1] = rows.stop
+        else:
+            bad.append([rows.start, rows.stop])
+    return bad
 
 
 def _read_blocks(
@@ -125,9 +132,11 @@ def _read_blocks(
 
 
 def _read_block(descriptor: int, layout: ShardLayout, rows: slice) -> dict[str, Tensor] | None:
-    parts, n = {}, rows.stop - rows.start
+    parts, n, end = {}, rows.stop - rows.start, os.fstat(descriptor).st_size
     for name, (dtype, shape) in layout.specs.items():
         size = n * layout.row_bytes(name)
+        if layout.place(name, rows.stop) > end:
+            return None
         data = bytearray(size)
         if os.preadv(descriptor, [data], layout.place(name, rows.start)) != size:
             return None
@@ -149,26 +158,30 @@ def repair(
 ) -> list[Damage]:
     """Make damaged rows, tables and second moments again; call it under the folder's lock.
 
-    Rows come from the same batches as before, so that on the machine that built the index they have the same bytes.
+    What was made from other data is left as it is; with several sources call it once with the data of each. Rows come
+    from the same batches as before, so that on the machine that built the index they have the same bytes.
 
     Raises:
-        ArtifactMismatch: What is damaged was made from other data.
+        ArtifactMismatch: All that is damaged was made from other data.
     """
     journal = Journal.read(folder)
-    damages = verify(folder, progress)
-    whose = {s.number: s for s in journal.shards}
-    fingerprint = data.fingerprint()
-    for damage in damages:
-        if damage.shard is not None:
-            known = journal.sources[whose[damage.shard].source].data
-            if known != fingerprint:
-                raise ArtifactMismatch(
-                    f"{damage.file} was made from other data (saved {short(known)}…, given {short(fingerprint)}…); "
-                    "point to the data whose rows are damaged."
-                )
+    whose = {s.number: journal.sources[s.source].data for s in journal.shards}
+    fingerprint, damages, others = data.fingerprint(), [], []
+    for damage in verify(folder, progress):
+        own = damage.shard is None or whose[damage.shard] == fingerprint
+        (damages if own else others).append(damage)
+    if {d.shard for d in others} & set((journal.metric or {}).get("shards", ())):
+        damages = [d for d in damages if d.shard is not None]  # second moments wait for their rows
+    if others and not damages:
+        first = others[0]
+        raise ArtifactMismatch(
+            f"{first.file} was made from other data (saved {short(whose[first.shard or 0])}…, given "
+            f"{short(fingerprint)}…); point to the data whose rows are damaged."
+        )
     metric = None
     if journal.metric is not None and not any(d.file.startswith("metric") for d in damages):
         metric = ProjectedMetric.read(folder, journal)
+    again = _Again(fit, space, data, progress)
     for damage in damages:
         if damage.shard is None:
             continue
@@ -180,10 +193,8 @@ def repair(
             shard = replace(shard, ids=write_ids(folder, shard.number, data, order, offset))
         else:
             own = journal.metric is not None and shard.number not in journal.metric["shards"]
-            shard = _mended(
-                folder, journal, shard, plan, damage.rows, fit, space, data,
-                metric if own else None, progress,
-            )  # fmt: skip
+            made = again.rows(journal.encoding, shard, plan, damage.rows)
+            shard = _mended(folder, journal, shard, made, metric if own else None)
         journal = journal.with_shard(shard)
         journal.write(folder)
     if journal.metric is not None and any(d.file.startswith("metric") for d in damages):
@@ -196,16 +207,10 @@ def _mended(
     folder: Path,
     journal: Journal,
     shard: ShardFacts,
-    plan: RowPlan,
-    bad: Ranges,
-    fit: Fit,
-    space: Space,
-    data: Examples,
+    made: Mapping[int, Tensor],
     metric: ProjectedMetric | None,
-    progress: Progress | None,
 ) -> ShardFacts:
-    """A shard's file with its bad rows made again, in its old place."""
-    made = _made_again(journal.encoding, shard, plan, bad, fit, space, data, progress)
+    """A shard's file with the rows that were made again, by the first row of each block, in its old place."""
     place = folder / ".mending"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -224,39 +229,35 @@ def _mended(
     return replace(shard, rows=facts, digests=writer.digests)
 
 
-def _made_again(
-    encoding: Encoding,
-    shard: ShardFacts,
-    plan: RowPlan,
-    bad: Ranges,
-    fit: Fit,
-    space: Space,
-    data: Examples,
-    progress: Progress | None,
-) -> dict[int, Tensor]:
-    """Rows of the bad blocks, by the first row of each block."""
-    wanted = {
-        rows.start: rows for rows in spans(shard.blocks) if any(a <= rows.start < b for a, b in bad)
-    }
-    if not wanted:
-        return {}
-    of_plan = shard.plan_rows()
-    needed = torch.cat([of_plan[rows] for rows in wanted.values()])
-    numbers = plan.batches_with(needed)
-    batches = [plan.batches[i] for i in numbers]
-    found: dict[int, Tensor] = {}
+@dataclass(frozen=True, eq=False)
+class _Again:
+    """What damaged rows are made again from."""
 
-    def keep(indices: Tensor, rows: Tensor) -> None:
-        for i, row in zip(indices.tolist(), rows, strict=True):
-            found[i] = row
+    fit: Fit
+    space: Space
+    data: Examples
+    progress: Progress | None
 
-    sweep(
-        space.capture(fit), data, [StreamedRows(space, keep)], Loss(), batches=batches,
-        progress=progress, note="repair",
-    )  # fmt: skip
-    if not found:
-        raise ArtifactError("No row came out of the pass that was to make damaged rows again.")
-    return {
-        start: torch.stack([found[int(plan.order[i])] for i in of_plan[rows]])
-        for start, rows in wanted.items()
-    }
+    def rows(
+        self, encoding: Encoding, shard: ShardFacts, plan: RowPlan, bad: Ranges
+    ) -> dict[int, Tensor]:
+        """Rows of the bad blocks, by the first row of each block."""
+        wanted = {
+            rows.start: rows
+            for rows in spans(shard.blocks)
+            if any(a <= rows.start < b for a, b in bad)
+        }
+        if not wanted:
+            return {}
+        of_plan = shard.plan_rows()
+        needed = torch.cat([of_plan[rows] for rows in wanted.values()])
+        numbers = plan.batches_with(needed)
+        batches = [plan.batches[i] for i in numbers]
+        found = BatchRows(self.space)
+        sweep(
+            self.space.capture(self.fit), self.data, [found], Loss(), batches=batches, progress=self.progress,
+            note="repair",
+        )  # fmt: skip
+        return {
+            start: found.of(plan.order[of_plan[rows]].tolist()) for start, rows in wanted.items()
+        }

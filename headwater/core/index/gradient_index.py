@@ -1,8 +1,9 @@
 """The index of per-example gradients: build, add, remove, compact, merge."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pyarrow
 from jaxtyping import Float
 from torch import Tensor
 
-from headwater.core.capture import Progress, sweep
+from headwater.core.capture import Progress
 from headwater.core.curvature import Layerwise
 from headwater.core.damping import Damping
+from headwater.core.distributed import World, current
 from headwater.core.examples import Examples, as_examples
 from headwater.core.files import ArtifactError, ArtifactMismatch, ArtifactMissing
 from headwater.core.fingerprint import fingerprint_model, short
@@ -44,10 +46,10 @@ from headwater.core.index.spaces import (
 from headwater.core.index.stored import StoredRows
 from headwater.core.index.writing import (
     RowWriter,
-    StreamedRows,
     clean,
     link_or_copy,
     require_room,
+    write_rows,
     write_table,
 )
 from headwater.core.locks import FolderLock
@@ -89,6 +91,8 @@ class GradientIndex(Answers, StoredRows):
     ) -> "GradientIndex":
         """Make the rows of a dataset in one pass; a killed build goes on where it stopped, byte for byte.
 
+        The ranks of a process group share the pass, and the first writes: any number of them leaves the same bytes.
+
         A finished index of the same inputs and options is opened instead of built again.
 
         Args:
@@ -108,9 +112,10 @@ class GradientIndex(Answers, StoredRows):
         folder, asked = Path(folder), kind or Whitened()
         data = fit.train if examples is None else as_examples(examples)
         spaces = asked.spaces(fit)
-        with FolderLock(folder):
+        known = data.fingerprint()
+        with _writing(folder, _made_from(fit, spaces[0]) | {"data": known}) as world:
             space, facts = _chosen(folder, spaces, fit, data, dtype, sample, progress)
-            journal = Journal(
+            asked_for = Journal(
                 made_from=_made_from(fit, space),
                 space=space.record(),
                 layers=space.widths,
@@ -118,9 +123,11 @@ class GradientIndex(Answers, StoredRows):
                 n_train=len(fit.train),
                 facts=facts,
             )
-            _warn_of_width(space, len(data))
-            journal = _begin(folder, journal, _source(fit, data, journal, shard_bytes))
-            if not journal.sources:
+            source = _source(fit, data, known, asked_for, shard_bytes)
+            if world.is_first:
+                _warn_of_width(space, len(data))
+            journal = world.first(lambda: _begin(folder, asked_for, source))
+            if not world.agreed(lambda: journal and bool(journal.sources)):
                 _fill(folder, journal, fit, space, data, progress, sample)
         return cls(folder)
 
@@ -132,16 +139,17 @@ class GradientIndex(Answers, StoredRows):
             ValueError: An id is in the index already.
         """
         data, space = as_examples(examples), self.space(fit)
-        with FolderLock(self.folder):
+        known = data.fingerprint()
+        with _writing(self.folder, _made_from(fit, space) | {"data": known}) as world:
             self._open(Journal.read(self.folder))
-            source = _source(fit, data, self.journal, SHARD_BYTES)
+            source = _source(fit, data, known, self.journal, SHARD_BYTES)
             twice = set(data.ids) & set(self.ids())
             if twice:
                 raise ValueError(
                     f"Example ids must be unique; {min(twice)!r}{_others(len(twice))} in the index already. Remove "
                     "them first, or give the new examples other ids."
                 )
-            journal = _pending(self.folder, self.journal, source)
+            journal = world.first(lambda: _pending(self.folder, self.journal, source))
             _fill(self.folder, journal, fit, space, data, progress)
             self._open(Journal.read(self.folder))
 
@@ -278,17 +286,16 @@ class GradientIndex(Answers, StoredRows):
         Args:
             folder: The index.
             fit: The fit it was made with.
-            examples: The data of the damaged rows; the fit's training data when left out.
+            examples: The data of the damaged rows; the fit's training data when left out. Rows of other data stay.
             progress: Called with (done, total, note).
 
         Raises:
-            ArtifactMismatch: The fit or the data are not those of the index.
+            ArtifactMismatch: The fit is not that of the index, or nothing that is damaged was made from the data.
         """
         data = fit.train if examples is None else as_examples(examples)
         folder = Path(folder)
         journal = Journal.read(folder)
-        _require(folder, journal, fit)
-        space = space_of(journal.space, fit, folder)
+        space = _space(folder, journal, fit)
         with FolderLock(folder):
             return repair(folder, fit, space, data, progress)
 
@@ -306,14 +313,13 @@ class GradientIndex(Answers, StoredRows):
         Raises:
             ArtifactMismatch: The fit is not the one that the index was made with.
         """
-        self.require(fit)
-        return space_of(self.journal.space, fit, self.folder)
+        return _space(self.folder, self.journal, fit)
 
     def info(self) -> dict[str, Any]:
         """What the index holds and how well it answers."""
         journal = self.journal
         files = sum(s.rows["bytes"] + s.ids["bytes"] for s in journal.shards)
-        return {
+        return journal.facts | {
             "folder": str(self.folder),
             "rows": len(self),
             "removed": self.n_rows - len(self),
@@ -328,7 +334,7 @@ class GradientIndex(Answers, StoredRows):
             "sources": len(journal.sources),
             "unfinished": journal.pending is not None,
             "made_from": journal.made_from,
-        } | journal.facts
+        }
 
     def project(
         self, fit: Fit, examples: Any, *, progress: Progress | None = None
@@ -345,6 +351,28 @@ class GradientIndex(Answers, StoredRows):
             f"GradientIndex({len(self):,} rows of {info['numbers_per_row']:,} numbers in {info['dtype']}, "
             f"{info['kind']}, {info['bytes'] / 1e9:.3g} GB in {self.folder})"
         )
+
+
+@contextmanager
+def _writing(folder: Path, of: dict[str, str]) -> Iterator[World]:
+    """The ranks that make an index together, while the first keeps other writers out of its folder.
+
+    Args:
+        folder: The index.
+        of: What it is made from, which must be the same everywhere.
+    """
+    world = current()
+    with world.failing_together(), ExitStack() as stack:
+        for rank, theirs in enumerate(world.exchange(of)):
+            differ = [k for k in of if theirs[k] != of[k]]
+            if differ:
+                raise ValueError(
+                    f"The ranks do not make the same index: rank {rank} has another {' and '.join(differ)} than rank "
+                    f"{world.rank}. All must run the same program on the same data."
+                )
+        if world.is_first:
+            stack.enter_context(FolderLock(folder))
+        yield world
 
 
 def _made_from(fit: Fit, space: Space) -> dict[str, str]:
@@ -369,10 +397,23 @@ def _require(folder: Path, journal: Journal, fit: Fit) -> None:
         )
 
 
-def _source(fit: Fit, data: Examples, journal: Journal, shard_bytes: int) -> Source:
+def _space(folder: Path, journal: Journal, fit: Fit) -> Space:
+    """The coordinates of an index, made again from its fit."""
+    _require(folder, journal, fit)
+    space = space_of(journal.space, fit, folder)
+    if list(space.widths.items()) != list(journal.layers.items()):
+        raise ArtifactMismatch(
+            f"The rows of the index in {folder} have other widths than its coordinates; build it again."
+        )
+    return space
+
+
+def _source(
+    fit: Fit, data: Examples, fingerprint: str, journal: Journal, shard_bytes: int
+) -> Source:
     rows = max(BLOCK_ROWS, shard_bytes // journal.encoding.bytes_per_row)
     return Source(
-        data=data.fingerprint(),
+        data=fingerprint,
         n=len(data),
         batch_size=fit.batch_size,
         batch_tokens=fit.batch_tokens,
@@ -461,51 +502,62 @@ def _others(n: int) -> str:
 
 def _fill(
     folder: Path,
-    journal: Journal,
+    journal: Journal | None,
     fit: Fit,
     space: Space,
     data: Examples,
     progress: Progress | None,
     sample: int = 0,
 ) -> None:
-    """Write the rows of the pending source, then list them."""
-    metric = ProjectedMetric.read(folder, journal)
-    writer = RowWriter(folder, journal, data, None if metric is None else metric.squares)
+    """Write the rows of the pending source, then list them; only the first rank has a journal."""
+    world, writer = current(), None
+    if journal is not None:
+        metric = ProjectedMetric.read(folder, journal)
+        writer = RowWriter(folder, journal, data, None if metric is None else metric.squares)
+    source = world.agreed(lambda: writer and asdict(writer.pending.source))
     try:
-        start, every = writer.begin(), len(writer.plan.batches)
-        rows = StreamedRows(space, writer.take)
-
-        def report(done: int, total: int, note: str) -> None:
-            if progress is not None:
-                progress(start + done, every, note)
-
-        sweep(
-            space.capture(fit),
-            data,
-            [rows],
-            Loss(),
-            batches=writer.plan.batches[start:],
-            progress=report,
-            note="index",
-        )
+        write_rows(writer, fit, space, data, Source(**source), progress)
     finally:
-        writer.close()
-    journal = writer.journal
-    if space.kind == LoGraSpace.kind and journal.metric is None:
-        journal = replace(journal, metric=fit_metric(folder, journal))
-    finished = replace(writer.finished(), metric=journal.metric)
-    if isinstance(space, LoGraSpace) and "error" not in journal.facts and not _is_flat(fit):
-        taken = take_sample(fit, [space], data, fit.damping(), sample, progress)
-        if taken is not None:
+        if writer is not None:
+            writer.close()
+    journal = world.first(lambda: writer and _finished(folder, writer, space))
+    taken = None
+    if isinstance(space, LoGraSpace) and not _is_flat(fit):
+        known = world.agreed(lambda: journal and "error" in journal.facts)
+        taken = None if known else take_sample(fit, [space], data, fit.damping(), sample, progress)
+
+    def put_in_place() -> None:
+        finished = journal
+        if finished is not None and taken is not None:
             metric = ProjectedMetric.read(folder, finished)
             error = taken.error(0, finished.encoding, metric)
             finished = replace(finished, facts=finished.facts | {"error": error})
-    finished.write(folder)
-    clean(folder, finished)
+        if finished is not None:
+            finished.write(folder)
+            clean(folder, finished)
+
+    world.first(put_in_place)
+
+
+def _finished(folder: Path, writer: RowWriter, space: Space) -> Journal:
+    """The journal with all that was written, and second moments of the rows where the space has no others."""
+    metric = writer.journal.metric
+    if space.kind == LoGraSpace.kind and metric is None:
+        metric = fit_metric(folder, writer.journal)
+    return replace(writer.finished(), metric=metric)
 
 
 def _is_flat(fit: Fit) -> bool:
     return isinstance(fit.curvature, Layerwise) and curvature_is_flat(fit.curvature)
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """What an index that is there says of its coordinates."""
+    try:
+        journal = Journal.read(folder)
+    except ArtifactMissing:
+        return None
+    return {"projection": journal.made_from["projection"], "facts": journal.facts}
 
 
 def _chosen(
@@ -518,13 +570,10 @@ def _chosen(
     progress: Progress | None,
 ) -> tuple[Space, dict[str, Any]]:
     """The coordinates that were begun with, or those that lose least on a sample; and what was measured of them."""
-    try:
-        begun = Journal.read(folder)
-    except ArtifactMissing:
-        pass
-    else:
-        same = [s for s in spaces if s.fingerprint == begun.made_from.get("projection")]
-        return (same or list(spaces))[0], begun.facts
+    begun = current().agreed(lambda: _begun(folder))
+    if begun is not None:
+        same = [s for s in spaces if s.fingerprint == begun["projection"]]
+        return (same or list(spaces))[0], begun["facts"]
     chosen, facts = spaces[0], {}
     if not isinstance(chosen, LoGraSpace):
         damping = Damping(**chosen.record()["damping"])

@@ -6,7 +6,7 @@ Nothing in it depends on the clock or on how often a build was interrupted, so t
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -22,10 +22,11 @@ from headwater.core.files import (
 from headwater.core.fingerprint import fingerprint_json, portable
 from headwater.core.index.encoding import Dtype, Encoding
 from headwater.core.index.shards import ShardLayout, shard_name
+from headwater.core.index.sound import require_sound
 from headwater.core.manifest import FORMAT, check_format
 
 JOURNAL = "index.json"
-REMEDY = "Build the index again, or restore it from a copy."
+REMEDY = "Restore it from a copy, or remove the index and build it again."
 Ranges = list[list[int]]  # [first, behind the last] of rows, ascending
 
 
@@ -216,22 +217,22 @@ class Journal:
             raise ArtifactMissing(
                 f"There is no index in {folder} ({state}); make one with `headwater index build`, or check the path."
             )
-        body = read_json(path)
-        check_format(body, path)
+        try:
+            body = read_json(path)
+            check_format(body, path)
+        except ArtifactDamaged as error:
+            raise ArtifactDamaged(f"{error} {REMEDY}") from error
         try:
             if body.pop("kind") != "index":
                 raise ValueError("it is of another kind")
             for extra in ("format", "blake2b"):
                 del body[extra]
-            if body["dtype"] not in get_args(Dtype):
-                raise ValueError(f"it names the dtype {body['dtype']!r}")
+            require_sound(body)
             body["sources"] = [Source(**s) for s in body["sources"]]
             body["shards"] = [ShardFacts(**s) for s in body["shards"]]
             if (pending := body["pending"]) is not None:
                 shards = [ShardFacts(**s) for s in pending["shards"]]
                 body["pending"] = Pending(source=Source(**pending["source"]), shards=shards)
-            journal = cls(**body)
-            _ = [f.rows["bytes"] + f.ids["bytes"] + f.n for f in journal.shards]
+            return cls(**body)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ArtifactDamaged(f"{path} says nothing of use ({error}). {REMEDY}") from error
-        return journal

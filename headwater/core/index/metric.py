@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
 from headwater.core.damping import Damping, mean_of
-from headwater.core.files import HashedFile, disk_room, sync_folder
-from headwater.core.index.journal import Journal
+from headwater.core.files import ArtifactDamaged, HashedFile, disk_room, sync_folder
+from headwater.core.index.journal import REMEDY, Journal
 from headwater.core.index.shards import Shard
 from headwater.core.index.stored import metric_name, open_metric
 from headwater.core.tensor_files import write_tensors
@@ -60,10 +61,21 @@ class ProjectedMetric:
         file = open_metric(folder, journal)
         if file is None:
             return None
-        spectra = {
-            name: (file.get_tensor(f"values:{name}"), file.get_tensor(f"vectors:{name}"))
-            for name in journal.layers
-        }
+        try:
+            spectra = {
+                name: (file.get_tensor(f"values:{name}"), file.get_tensor(f"vectors:{name}"))
+                for name in journal.layers
+            }
+        except SafetensorError as error:
+            raise ArtifactDamaged(
+                f"The second moments in {folder} lack some: {error}. {REMEDY}"
+            ) from error
+        for name, width in journal.layers.items():
+            shapes = [tuple(x.shape) for x in spectra[name]]
+            if shapes != [(width,), (width, width)]:
+                raise ArtifactDamaged(
+                    f"The second moments in {folder} of layer {name!r} have the shapes {shapes}. {REMEDY}"
+                )
         return cls(journal.layers, spectra, Damping(**journal.space["damping"]))
 
     def __call__(self, rows: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:

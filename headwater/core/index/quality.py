@@ -11,6 +11,7 @@ from torch import Tensor
 from headwater.core.capture import Progress, sweep
 from headwater.core.cost import available_memory_bytes
 from headwater.core.damping import Damping, Inverse
+from headwater.core.distributed import current
 from headwater.core.examples import Examples
 from headwater.core.fit import Fit
 from headwater.core.gradients import CollectGradients
@@ -117,7 +118,8 @@ def take_sample(
     """
     layers = list(fit.followed)
     whole = 4 * numel(layers)
-    n_queries = min(QUERIES, len(data) // 4, int(available_memory_bytes() / 6 // whole))
+    room = current().agreed(available_memory_bytes)
+    n_queries = min(QUERIES, len(data) // 4, int(room / 6 // whole))
     if n < 1 or n_queries < 4 or len(data) < 20:
         return None
     n = min(n, len(data) - n_queries)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from headwater.core.cost import available_memory_bytes
 from headwater.core.index.stored import StoredRows
-from headwater.core.scores import from_column
 from headwater.core.scoring import Strongest
 
 Mode = Literal["dot", "cosine", "relatif"]
@@ -138,12 +137,12 @@ def matching(stored: StoredRows, where: Where | None) -> Bool[Tensor, " row"]:
     """
     mask = stored.live
     for column, asked in (where or {}).items():
-        values = _column(stored, column)
+        values = _column(stored, column, asked)
         mask = mask & _compare(values, column, asked)
     return mask
 
 
-def _column(stored: StoredRows, name: str) -> Any:
+def _column(stored: StoredRows, name: str, asked: Any) -> Any:
     import pyarrow
 
     columns = {n.partition(":")[2]: n for n in stored.columns.column_names if ":" in n}
@@ -156,7 +155,18 @@ def _column(stored: StoredRows, name: str) -> Any:
     column = stored.columns.column(full)
     if full.startswith("meta:"):
         return column
-    return pyarrow.array([str(v) for v in from_column(full, column.to_pylist())[1]])
+    values = stored.revived(full, column.to_pylist())[1]
+    sorts = {type(v) for v in values if v is not None}
+    if sorts and sorts <= {int, float}:
+        return pyarrow.array(values, type=pyarrow.float64())
+    if sorts != {str}:
+        if isinstance(asked, tuple):
+            raise ValueError(
+                f"The metadata column {name!r} holds values of several types, which have no order; name the values "
+                "instead of a range."
+            )
+        values = [str(v) for v in values]
+    return pyarrow.array(values)
 
 
 def _compare(values: Any, name: str, asked: Any) -> Tensor:

@@ -283,7 +283,22 @@ def _read(x: Tensor, side: Tensor | None, groups: int = 0) -> Tensor:
     return x.gather(-1, side.view(shape).expand(*x.shape[:-1], side.shape[1]))
 
 
-class SketchedSpace(Space):
+class MatrixSpace(Space):
+    """Coordinates that a two-sided projection gives; `projection` is set before it is used."""
+
+    projection: TwoSided
+
+    def width(self, layer: Layer) -> int:
+        return self.projection.width(layer)
+
+    def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
+        return self.projection(layer, block)
+
+    def clear(self) -> None:
+        self.projection.clear()
+
+
+class SketchedSpace(MatrixSpace):
     """Random mixtures of all whitened coordinates, with a separable inverse.
 
     Args:
@@ -314,15 +329,6 @@ class SketchedSpace(Space):
             used |= {f"{i}:{layer.name}": q for i, q in enumerate((Q_A, Q_G)) if q is not None}
         self.projection = TwoSided(sides=sides)
         self._digest = fingerprint_tensors((k, v.contiguous()) for k, v in used.items())
-
-    def width(self, layer: Layer) -> int:
-        return self.projection.width(layer)
-
-    def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
-        return self.projection(layer, block)
-
-    def clear(self) -> None:
-        self.projection.clear()
 
     def record(self) -> dict[str, Any]:
         facts = {"kind": self.kind} | self.facts
@@ -491,7 +497,7 @@ def _used(mask: Tensor) -> Tensor | None:
     return mask.int().topk(most, dim=-1).indices.sort(-1).values
 
 
-class LoGraSpace(Space):
+class LoGraSpace(MatrixSpace):
     """Two-sided projections of gradients; the curvature is that of the projected gradients.
 
     Args:
@@ -505,15 +511,6 @@ class LoGraSpace(Space):
     def __init__(self, layers: list[Layer], projection: TwoSided, facts: dict[str, Any]):
         super().__init__(layers)
         self.projection, self.facts = projection, facts
-
-    def width(self, layer: Layer) -> int:
-        return self.projection.width(layer)
-
-    def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
-        return self.projection(layer, block)
-
-    def clear(self) -> None:
-        self.projection.clear()
 
     def record(self) -> dict[str, Any]:
         facts = {"kind": self.kind} | self.facts
@@ -625,14 +622,10 @@ def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
     Raises:
         ArtifactMismatch: The fit does not give that space again.
     """
-    facts = {k: v for k, v in record.items() if k not in ("fingerprint", "kind")}
     layers = list(fit.followed)
-    columns = {
-        name: tuple(None if c is None else torch.tensor(c, dtype=torch.int64) for c in both)
-        for name, both in facts.pop("columns", {}).items()
-    }
-    kept = {name: Kept.of(each) for name, each in facts.pop("kept", {}).items()}
-    names = set(columns) | set(kept) | set(facts.get("ranks", {}))
+    names = (
+        set(record.get("columns", {})) | set(record.get("kept", {})) | set(record.get("ranks", {}))
+    )
     if names != {x.name for x in layers}:
         odd = sorted(names ^ {x.name for x in layers})
         raise ArtifactMismatch(
@@ -640,14 +633,8 @@ def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
             f"{', '.join(odd[:4])}); fit with the layers of the index, or build it again."
         )
     try:
-        if record["kind"] == WhitenedSpace.kind:
-            curvature = _layerwise(fit, "The index")
-            space: Space = WhitenedSpace(layers, curvature, Damping(**facts["damping"]), kept)
-        elif record["kind"] == SketchedSpace.kind:
-            space = SketchedSpace(layers, _layerwise(fit, "The index"), facts)
-        else:
-            space = logra_space(fit, facts, columns or None)
-    except (ValueError, RuntimeError, IndexError) as error:
+        space = _named(record, fit, layers)
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ArtifactMismatch(
             f"The fit does not give the coordinates of the index in {folder} ({error}); load the fit that it was "
             "built with, or build the index again."
@@ -658,6 +645,26 @@ def space_of(record: Mapping[str, Any], fit: Fit, folder: Any) -> Space:
             f"fit gives {space.fingerprint[:12]}…); load the fit that it was built with, or build the index again."
         )
     return space
+
+
+def _named(record: Mapping[str, Any], fit: Fit, layers: list[Layer]) -> Space:
+    """The space of a record, whose content is not trusted."""
+    facts = {k: v for k, v in record.items() if k not in ("fingerprint", "kind")}
+    for layer in layers:
+        stretches = facts.get("kept", {}).get(layer.name, [None])[-1] or []
+        if any(not 0 <= a < b <= layer.numel for a, b in stretches):
+            raise ValueError(f"layer {layer.name!r} has {layer.numel} numbers")
+    kept = {name: Kept.of(each) for name, each in facts.pop("kept", {}).items()}
+    columns = {
+        name: tuple(None if c is None else torch.tensor(c, dtype=torch.int64) for c in both)
+        for name, both in facts.pop("columns", {}).items()
+    }
+    if record["kind"] == WhitenedSpace.kind:
+        curvature = _layerwise(fit, "The index")
+        return WhitenedSpace(layers, curvature, Damping(**facts["damping"]), kept)
+    if record["kind"] == SketchedSpace.kind:
+        return SketchedSpace(layers, _layerwise(fit, "The index"), facts)
+    return logra_space(fit, facts, columns or None)
 
 
 def kept_share(space: Space, fit: Fit) -> float | None:

@@ -1,5 +1,6 @@
 """An index open for reading: its rows, ids and metadata, mapped from their files."""
 
+import json
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -35,6 +36,18 @@ def source_batches(source: Source, examples: Examples) -> list[BatchPlan]:
     return plan_batches(examples, batch_size=source.batch_size, batch_tokens=source.batch_tokens)
 
 
+def require_finished(folder: Path, journal: Journal) -> None:
+    """Refuse an index whose first build was not finished.
+
+    Raises:
+        ArtifactMissing: It was not.
+    """
+    if not journal.sources:
+        raise ArtifactMissing(
+            f"The index in {folder} is not finished; the command that began it goes on where it stopped."
+        )
+
+
 def open_metric(folder: Path, journal: Journal) -> Any:
     """The file of second moments, or None where there is none."""
     from safetensors import SafetensorError, safe_open
@@ -48,6 +61,32 @@ def open_metric(folder: Path, journal: Journal) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
         raise ArtifactDamaged(f"{path} cannot be read: {error}. {REMEDY}") from error
+
+
+def _alike(tables: Sequence["pyarrow.Table"]) -> list["pyarrow.Table"]:
+    """The tables with each column of metadata in one form: as JSON in all where its types do not go together."""
+    import pyarrow
+    from pyarrow import types
+
+    def sort(form: str, kind: Any) -> str:
+        number = types.is_integer(kind) or types.is_floating(kind)
+        return form if form == "json" else "number" if number else str(kind)
+
+    sorts: dict[str, set[str]] = {}
+    for table in tables:
+        for field in table.schema:
+            form, _, name = field.name.partition(":")
+            if name and not types.is_null(field.type):
+                sorts.setdefault(name, set()).add(sort(form, field.type))
+    found = []
+    for table in tables:
+        for name in (name for name, several in sorts.items() if len(several) > 1):
+            if f"meta:{name}" in table.column_names:
+                place = table.column_names.index(f"meta:{name}")
+                values = [json.dumps(v, default=str) for v in table.column(place).to_pylist()]
+                table = table.set_column(place, f"json:{name}", pyarrow.array(values))
+        found.append(table)
+    return found
 
 
 class StoredRows:
@@ -83,10 +122,7 @@ class StoredRows:
         return stored
 
     def _open(self, journal: Journal) -> None:
-        if not journal.sources:
-            raise ArtifactMissing(
-                f"The index in {self.folder} is not finished; the command that began it goes on where it stopped."
-            )
+        require_finished(self.folder, journal)
         self.journal, self.encoding = journal, journal.encoding
         try:
             self.shards = [
@@ -138,7 +174,12 @@ class StoredRows:
         parts = []
         for facts, shard in zip(self.journal.shards, self.shards, strict=True):
             own = self.metric(f"squares:{facts.number}")
-            parts.append(shard.squares() if own is None else own)
+            own = shard.squares() if own is None else own
+            if own.shape != (facts.n,):
+                raise ArtifactDamaged(
+                    f"{self.folder}: the second moments are not those of shard {facts.number}. {HOW_TO_MEND}"
+                )
+            parts.append(own)
         return torch.cat(parts)
 
     def table(self, number: int) -> "pyarrow.Table":
@@ -146,12 +187,19 @@ class StoredRows:
         import pyarrow
         import pyarrow.parquet
 
+        facts = self.journal.shards[number]
         try:
             self._tables[number].seek(0)
-            return pyarrow.parquet.ParquetFile(self._tables[number]).read()
+            table = pyarrow.parquet.ParquetFile(self._tables[number]).read()
+            kinds = {f.name: f.type for f in table.schema}
+            named = kinds.get("id") == pyarrow.string() and kinds.get("number") == pyarrow.int64()
+            if not named or table.num_rows != facts.n:
+                raise ValueError(f"it is no table of {facts.n} ids and numbers")
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            path = self.folder / self.journal.shards[number].ids_file
-            raise ArtifactDamaged(f"{path} cannot be read: {error}. {HOW_TO_MEND}") from error
+            told = str(error).rstrip(".")
+            path = self.folder / facts.ids_file
+            raise ArtifactDamaged(f"{path} cannot be read: {told}. {HOW_TO_MEND}") from error
+        return table
 
     @cached_property
     def columns(self) -> "pyarrow.Table":
@@ -160,7 +208,8 @@ class StoredRows:
 
         tables = [self.table(i) for i in range(len(self.shards))]
         try:
-            return pyarrow.concat_tables(tables, promote_options="permissive").combine_chunks()
+            alike = _alike(tables)
+            return pyarrow.concat_tables(alike, promote_options="permissive").combine_chunks()
         except pyarrow.ArrowException as error:
             raise ArtifactDamaged(
                 f"The tables of ids in {self.folder} do not fit together ({error}). {REMEDY}"
@@ -182,7 +231,16 @@ class StoredRows:
     def metadata(self, positions: Tensor | None = None) -> dict[str, list]:
         """Columns of metadata at some positions."""
         names = [n for n in self.columns.column_names if n not in ("id", "number")]
-        return dict(from_column(n, self._taken(n, positions)) for n in names)
+        return dict(self.revived(n, self._taken(n, positions)) for n in names)
+
+    def revived(self, name: str, values: list) -> tuple[str, list]:
+        """The name and values of a stored column of metadata."""
+        try:
+            return from_column(name, values)
+        except (ValueError, TypeError) as error:
+            raise ArtifactDamaged(
+                f"The metadata column {name!r} in {self.folder} is not what was written: {error}. {HOW_TO_MEND}"
+            ) from error
 
     def _taken(self, column: str, positions: Tensor | None) -> list:
         positions = self.live.nonzero().flatten() if positions is None else positions

@@ -5,21 +5,35 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headwater.core.capture import Accumulator, BatchInfo, BatchPlan, Rows
+from headwater.core.capture import (
+    Accumulator,
+    BatchInfo,
+    BatchPlan,
+    Kept,
+    Progress,
+    Rows,
+    sweep,
+)
+from headwater.core.distributed import current
 from headwater.core.examples import Examples
 from headwater.core.files import HashedFile, disk_room, sync_folder
+from headwater.core.fit import Fit
 from headwater.core.gradients import Factored
 from headwater.core.index.journal import JOURNAL, Journal, Pending, ShardFacts, Source
 from headwater.core.index.shards import ShardWriter
 from headwater.core.index.spaces import Space
 from headwater.core.index.stored import metric_name, source_batches
 from headwater.core.scores import to_column
+from headwater.core.target import Loss
+
+_ROUND = 1.0  # seconds of work after which rows are written, at least
 
 
 class SpaceRows(Accumulator):
@@ -75,20 +89,44 @@ class SpaceRows(Accumulator):
         self._rows = tensors.get("rows")
 
 
-class StreamedRows(SpaceRows):
-    """The same, each batch handed on and forgotten.
+class BatchRows(SpaceRows):
+    """The same for some of the data, batch by batch and put together over the ranks.
 
     Args:
         space: The coordinates.
-        receive: Called with the examples' numbers and their rows, batch by batch.
     """
 
-    def __init__(self, space: Space, receive: Callable[[Tensor, Tensor], None]):
+    kept: ClassVar[Kept] = "rows"
+
+    def __init__(self, space: Space):
         super().__init__(space, 0)
-        self.receive = receive
+        self._found: list[tuple[Tensor, Tensor]] = []
 
     def take(self, batch: BatchInfo, rows: Float[Tensor, "row dim"]) -> None:
-        self.receive(batch.indices, rows)
+        self._found.append((batch.indices, rows))
+
+    def forget(self, indices: Tensor) -> bool:
+        self.space.clear()
+        self._batch = None
+        self._found = [f for f in self._found if not bool(torch.isin(f[0], indices).any())]
+        return True
+
+    def merge(self, other: "BatchRows") -> None:
+        self._found += other._found
+
+    def of(self, indices: Sequence[int]) -> Float[Tensor, "row dim"]:
+        """Rows of some examples, in their order."""
+        place = {i: k for k, i in enumerate(i for found, _ in self._found for i in found.tolist())}
+        return torch.cat([rows for _, rows in self._found])[[place[i] for i in indices]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        if not self._found:
+            return {}
+        indices, rows = (torch.cat(parts) for parts in zip(*self._found, strict=True))
+        return {"indices": indices, "rows": rows}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self._found = [(tensors["indices"], tensors["rows"])] if tensors else []
 
 
 @dataclass(frozen=True)
@@ -259,6 +297,50 @@ class RowWriter:
             shards=[*self.journal.shards, *self.pending.shards],
             pending=None,
         )
+
+
+def write_rows(
+    writer: RowWriter | None,
+    fit: Fit,
+    space: Space,
+    data: Examples,
+    source: Source,
+    progress: Progress | None = None,
+) -> None:
+    """Write what is left of a source's rows: every rank makes some of them, the first writes them in their order.
+
+    Ranks meet after a second or so of work; how often they do and how many there are changes no byte.
+
+    Args:
+        writer: On the first rank, what writes them.
+        fit: The fitted model.
+        space: The coordinates.
+        data: The source's examples.
+        source: The source.
+        progress: Called with (done, total, note).
+    """
+    world, batches = current(), source_batches(source, data)
+    start = world.agreed(lambda: writer and writer.begin())
+    n = 4 * world.size
+
+    def report(done: int, total: int, note: str) -> None:
+        if progress is not None:
+            progress(start + done, len(batches), note)
+
+    while start < len(batches):
+        began, some, found = monotonic(), batches[start : start + n], BatchRows(space)
+        sweep(
+            space.capture(fit), data, [found], Loss(), batches=some, progress=report, note="index"
+        )
+
+        if writer is not None:
+            with world.failing_together():
+                rows = found.of([i for batch in some for i in batch.indices])
+                sizes = [len(batch.indices) for batch in some]
+                for batch, part in zip(some, rows.split(sizes), strict=True):
+                    writer.take(torch.tensor(batch.indices), part)
+        start, short = start + len(some), monotonic() - began < _ROUND
+        n *= 2 if world.agreed(lambda short=short: short) else 1
 
 
 def write_ids(

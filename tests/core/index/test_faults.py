@@ -21,7 +21,10 @@ from headwater.core.files import (
     ArtifactMissing,
     FolderBusy,
     OutOfDisk,
+    read_json,
+    write_json,
 )
+from headwater.core.fingerprint import fingerprint_json
 from headwater.core.fit import fit
 from headwater.core.index import GradientIndex, LoGra, Whitened
 from headwater.core.locks import FolderLock
@@ -156,8 +159,9 @@ def test_a_build_that_ends_between_any_two_writes_goes_on(builds, uninterrupted,
 
 def test_an_unfinished_index_is_not_read(builds, tmp_path):
     builds.run(tmp_path / "index", calls=30)
-    with pytest.raises(ArtifactMissing, match="goes on where it stopped"):
-        GradientIndex(tmp_path / "index")
+    for use in (GradientIndex, GradientIndex.verify):
+        with pytest.raises(ArtifactMissing, match="goes on where it stopped"):
+            use(tmp_path / "index")
 
 
 def test_a_flipped_byte_anywhere_is_found_and_mended_or_refused(index, whole, fitted, capsys):
@@ -239,6 +243,27 @@ def test_damage_of_several_files_and_of_the_second_moments_is_mended(tmp_path, f
     with pytest.raises(ArtifactMismatch, match="other data"):
         GradientIndex.repair(folder, fitted)
     GradientIndex.repair(folder, fitted, data(150, seed=5, prefix="b"))
+    assert content(folder) == expected
+
+
+@pytest.mark.parametrize("kind", [Whitened(rank=4, damping=0.01, sides="leading"), LoGra(rank=3)])
+def test_damage_of_several_sources_is_mended_source_by_source(tmp_path, fitted, kind):
+    folder, more = tmp_path / "index", data(150, seed=5, prefix="b")
+    build(fitted, folder, kind=kind, sample=0)
+    GradientIndex(folder).add(fitted, more)
+    expected = content(folder)
+    names = ["rows-00000.safetensors", "rows-00003.safetensors", "ids-00003.parquet"]
+    names += ["metric-00000.safetensors"] * isinstance(kind, LoGra)
+    for name in names:
+        raw = bytearray((folder / name).read_bytes())
+        raw[len(raw) // 2] ^= 4
+        (folder / name).write_bytes(raw)
+    with pytest.raises(ArtifactMismatch, match="other data"):
+        GradientIndex.repair(folder, fitted, data(20, seed=8, prefix="c"))
+    mended = [d.file for d in GradientIndex.repair(folder, fitted, more)]
+    assert sorted(mended) == ["ids-00003.parquet", "rows-00003.safetensors"]
+    mended = [d.file for d in GradientIndex.repair(folder, fitted)]
+    assert set(mended) == set(names) - {"ids-00003.parquet", "rows-00003.safetensors"}
     assert content(folder) == expected
 
 
@@ -366,9 +391,6 @@ def test_read_only_media_can_be_searched_and_verified(index, fitted):
 
 
 def test_a_journal_of_another_format_or_kind_is_refused(index):
-    from headwater.core.files import read_json, write_json
-    from headwater.core.fingerprint import fingerprint_json
-
     body = read_json(index / "index.json")
     for change in ({"format": 99}, {"kind": "fit"}, {"dtype": "int3"}, {"shards": [{}]}):
         other = {k: v for k, v in body.items() if k != "blake2b"} | change
@@ -384,3 +406,151 @@ def test_a_link_in_place_of_a_file_is_refused(index, tmp_path):
     with pytest.raises(ArtifactDamaged, match="regular file"):
         GradientIndex(index)
     assert GradientIndex.verify(index)[0].what == "is not a regular file"
+
+
+FAR = "/../../elsewhere"
+HOSTILE = {
+    "a shard's number is a path": lambda b: b["shards"][0].update(number=FAR),
+    "the next shard's number is a path": lambda b: b.update(following=FAR),
+    "the next shard is one that is there": lambda b: b.update(following=1),
+    "a shard's number is negative": lambda b: b["shards"][0].update(number=-1),
+    "two shards have one number": lambda b: b["shards"][1].update(number=0),
+    "a shard's number is not whole": lambda b: b["shards"][0].update(number=1.5),
+    "a block is absurdly large": lambda b: b["shards"][0]["blocks"].append(10**15),
+    "a block is negative": lambda b: b["shards"][0]["blocks"].append(-256),
+    "blocks are no list": lambda b: b["shards"][0].update(blocks=256),
+    "a checksum is missing": lambda b: b["shards"][0]["digests"].pop(),
+    "a shard is of no source": lambda b: b["shards"][0].update(source=7),
+    "a shard is of a negative source": lambda b: b["shards"][0].update(source=-1),
+    "rows begin behind their end": lambda b: b["shards"][0].update(first=10**15),
+    "rows never end": lambda b: b["shards"][0].update(last=10**18),
+    "rows that are not there were removed": lambda b: b["shards"][0].update(removed=[[0, 9999]]),
+    "removed rows are no ranges": lambda b: b["shards"][0].update(removed=[3]),
+    "removed rows are text": lambda b: b["shards"][0].update(removed=[["a", "b"]]),
+    "removed rows overlap": lambda b: b["shards"][0].update(removed=[[0, 9], [5, 12]]),
+    "a size is not a number": lambda b: b["shards"][0]["rows"].update(bytes=float("nan")),
+    "a size is text": lambda b: b["shards"][0]["ids"].update(bytes="many"),
+    "layers are a list": lambda b: b.update(layers=[1, 2]),
+    "a layer has an absurd width": lambda b: b["layers"].update({"0": 10**15}),
+    "a layer has no whole width": lambda b: b["layers"].update({"0": 2.5}),
+    "there are no shards": lambda b: b.update(shards=[]),
+    "the dtype is a list": lambda b: b.update(dtype=["int8"]),
+    "the number of examples is zero": lambda b: b.update(n_train=0),
+    "the number of examples is no number": lambda b: b.update(n_train=float("nan")),
+    "the space is of no known kind": lambda b: b["space"].update(kind="pickle"),
+    "the space has no damping": lambda b: b["space"].pop("damping"),
+    "the damping is no number": lambda b: b["space"].update(damping={"value": "x"}),
+    "kept columns are a list": lambda b: b["space"].update(kept=[1]),
+    "the space is a text": lambda b: b.update(space="os.system"),
+    "what it was made from is missing": lambda b: b.update(made_from={}),
+    "sources are numbers": lambda b: b.update(sources=[1]),
+    "a source has batches of nothing": lambda b: b["sources"][0].update(batch_size=0),
+    "second moments have a path": lambda b: b.update(
+        metric={"number": FAR, "shards": [], "bytes": 1, "blake2b": ""}
+    ),
+    "second moments are a list": lambda b: b.update(metric=[1]),
+    "facts are a list": lambda b: b.update(facts=[1]),
+    "the error is a text": lambda b: b.update(facts={"error": "none"}),
+    "the error says nothing": lambda b: b.update(facts={"error": {"whole": {}}}),
+    "what is pending is a text": lambda b: b.update(pending="soon"),
+    "a pending shard has a path": lambda b: b.update(
+        pending={"source": b["sources"][0], "shards": [b["shards"][0] | {"number": FAR}]}
+    ),
+    "an unknown key": lambda b: b.update(run="rm"),
+}
+
+
+def rewritten(folder, change) -> None:
+    """Change what `index.json` says, with a checksum that fits."""
+    body = read_json(folder / "index.json")
+    del body["blake2b"]
+    change(body)
+    write_json(folder / "index.json", body | {"blake2b": fingerprint_json(body)})
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_journal_that_no_build_wrote_is_refused(index, fitted, what):
+    rewritten(index, HOSTILE[what])
+    before = content(index.parent)
+    for use in (GradientIndex, GradientIndex.verify, lambda f: GradientIndex.repair(f, fitted)):
+        with pytest.raises(ArtifactDamaged, match=r"index\.json.*build"):
+            use(index)
+    assert content(index.parent) == before  # nothing was written, here or elsewhere
+
+
+def test_absurd_nesting_and_absurd_numbers_in_a_journal_are_refused(index):
+    for text in ("[" * 100_000, '{"format": 1' + "0" * 5000 + "}", '{"a": NaN}', "", "\x00\xff"):
+        (index / "index.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ArtifactDamaged, match=r"index\.json.*build"):
+            GradientIndex(index)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    {
+        "no ids": lambda t: t.drop_columns("id"),
+        "no numbers": lambda t: t.drop_columns("number"),
+        "fewer rows": lambda t: t.slice(1),
+        "ids that are numbers": lambda t: t.set_column(0, "id", t["number"]),
+        "numbers that are ids": lambda t: t.set_column(1, "number", t["id"]),
+        "a column of JSON that is none": lambda t: t.append_column("json:x", t["id"]),
+    }.items(),
+)
+def test_a_table_that_no_build_wrote_is_refused(index, fitted, what, change):
+    import pyarrow.parquet as parquet
+
+    path = index / "ids-00000.parquet"
+    parquet.write_table(change(parquet.read_table(path)), path)
+    rewritten(index, lambda b: b["shards"][0]["ids"].update(bytes=path.stat().st_size))
+    with pytest.raises(ArtifactDamaged, match=r"(ids-00000\.parquet|json:x).*index verify"):
+        GradientIndex(index).attribute(fitted, data(2, seed=2))
+
+
+SPACES = {
+    "a kept column is not there": lambda s: s["kept"]["0"].__setitem__(0, [[99]]),
+    "kept columns are text": lambda s: s["kept"]["0"].__setitem__(1, "os"),
+    "kept numbers are absurdly many": lambda s: s["kept"]["0"].__setitem__(2, [[0, 10**15]]),
+    "kept columns are missing": lambda s: s.pop("kept"),
+    "the kind has other options": lambda s: s.update(kind="sketched"),
+    "the seed is a text": lambda s: s.update(kind="logra", init="random", seed="x", ranks={}),
+}
+
+
+@pytest.mark.parametrize("what", SPACES)
+def test_coordinates_that_no_build_wrote_are_refused(index, fitted, what):
+    rewritten(index, lambda b: SPACES[what](b["space"]))
+    with pytest.raises(ArtifactMismatch, match=r"build (it|the index) again"):
+        GradientIndex(index).ask(fitted, data(2, seed=2))
+
+
+def test_rows_of_other_widths_than_the_coordinates_are_refused(index, fitted):
+    def swap(body):
+        (a, b), (c, d) = body["layers"].items()
+        body["layers"] = {a: d, c: b}
+
+    rewritten(index, swap)
+    with pytest.raises(ArtifactMismatch, match="build it again"):
+        GradientIndex(index).ask(fitted, data(2, seed=2))
+
+
+@pytest.mark.parametrize("harm", ["a tensor is missing", "a tensor has another shape"])
+def test_second_moments_that_no_build_wrote_are_refused(tmp_path, fitted, harm):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "logra"
+    build(fitted, folder, kind=LoGra(rank=3), sample=0)
+    path = folder / "metric-00000.safetensors"
+    for name in ("values:0", "vectors:2", "squares:0"):
+        tensors = load_file(path)
+        kept = dict(tensors)
+        if harm == "a tensor is missing":
+            del kept[name]
+        else:
+            kept[name] = kept[name][1:].contiguous()
+        save_file(kept, path)
+        rewritten(folder, lambda b: b["metric"].update(bytes=path.stat().st_size))
+        if harm == "a tensor is missing" and name == "squares:0":
+            break  # rows that were added later have none
+        with pytest.raises(ArtifactDamaged, match="second moments"):
+            GradientIndex(folder).attribute(fitted, data(2, seed=2), mode="relatif")
+        save_file(tensors, path)

@@ -7,6 +7,7 @@ import torch
 
 from headwater.core.files import ArtifactError, ArtifactMismatch, ArtifactMissing
 from headwater.core.index import GradientIndex, LoGra, Whitened
+from tests import index_builds
 from tests.index_builds import N, build, data, small_fit
 
 MORE = dict(n=90, seed=7, prefix="b")
@@ -43,6 +44,28 @@ def test_added_rows_are_those_of_an_index_of_their_own(fitted, tmp_path):
         assert torch.equal(by_id(index)[name], row)
     expected = {k: v for part in (before, by_id(own)) for k, v in part.items()}
     assert scores(index, fitted).keys() == expected.keys()
+
+
+def test_a_build_and_a_repair_go_on_where_memory_does_not_suffice_for_a_batch(
+    fitted, tmp_path, monkeypatch
+):
+    whole, plain = build(fitted, tmp_path / "whole", sample=0), index_builds.Slow.batch
+
+    def batch(self, indices):
+        if len(indices) > 10:
+            raise torch.OutOfMemoryError("the device is full")
+        return plain(self, indices)
+
+    monkeypatch.setattr(index_builds.Slow, "batch", batch)
+    with pytest.warns(UserWarning, match="goes on with at most 8 examples"):
+        index = build(fitted, tmp_path / "halved", sample=0)
+    assert index.ids() == whole.ids()
+    places = torch.arange(whole.n_rows)
+    torch.testing.assert_close(index.rows(places), whole.rows(places))
+    (tmp_path / "halved" / "rows-00001.safetensors").unlink()
+    with pytest.warns(UserWarning, match="goes on with at most"):
+        GradientIndex.repair(tmp_path / "halved", fitted)
+    torch.testing.assert_close(GradientIndex(tmp_path / "halved").rows(places), whole.rows(places))
 
 
 def test_removed_rows_are_gone_at_once_and_from_the_disk_after_compacting(fitted, tmp_path):

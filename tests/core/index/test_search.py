@@ -137,6 +137,59 @@ def test_metadata_of_several_types_can_be_filtered_too(fitted, tmp_path):
     assert found.metadata["tag"][found.kept.index(7)] == 7
 
 
+@pytest.mark.parametrize(
+    ("years", "low", "found"),
+    [
+        ([str(1990 + i) for i in range(9)], "1995", None),  # texts beside whole numbers
+        ([1990.5 + i for i in range(9)], "1995", 4),  # numbers go together
+        ([1990, "late", None] * 3, "1995", None),
+        ([None] * 9, "695", 5),
+    ],
+)
+def test_metadata_of_another_type_in_added_data_are_kept_and_filtered(
+    years, low, found, fitted, tmp_path
+):
+    index, more = build(fitted, tmp_path / "a", sample=0), data(9, seed=5, prefix="b")
+    more.metadata["year"] = years
+    index.add(fitted, more)
+    kept = dict(
+        zip(index.ids(), index.metadata(index.live.nonzero().flatten())["year"], strict=True)
+    )
+    assert [kept[f"b{i}"] for i in range(9)] == years and [kept[f"a{i}"] for i in range(9)] == [
+        *range(9)
+    ]
+    asked = index.ask(fitted, data(2, seed=9, prefix="q"))
+    assert index.search(asked, where={"year": ["7"]}).train_ids == ["a7"]
+    if found is None:
+        with pytest.raises(ValueError, match=r"several types.*name the values"):
+            index.search(asked, where={"year": (low, None)})
+        first = index.search(asked, where={"year": [years[0]]}).train_ids
+        assert first == ["b0", "b3", "b6"][: years.count(years[0])]
+    else:
+        names = index.search(asked, where={"year": (None, low), "source": ["web"]}).train_ids
+        assert len(index.search(asked, where={"year": (low, None)}, keep=N).train_ids) == found
+        assert "a1" in names
+    assert GradientIndex.verify(index.folder) == []
+
+
+def test_a_column_that_added_data_lack_is_empty_there(fitted, tmp_path):
+    index, more = build(fitted, tmp_path / "a", sample=0), data(4, seed=5, prefix="b")
+    mixed = data(4, seed=6, prefix="c")
+    del more.metadata["source"]
+    mixed.metadata["source"] = ["web", 1, [2], None]
+    index.add(fitted, mixed)
+    index.add(fitted, more)
+    asked = index.ask(fitted, data(2, seed=9, prefix="q"))
+    assert index.search(asked, where={"source": ["1"]}).train_ids == ["c1"]
+    found = index.search(asked, where={"id": ["b1", "a1", "c2"]})
+    assert dict(zip(found.train_ids, found.metadata["source"], strict=True)) == {
+        "a1": "web",
+        "b1": None,
+        "c2": [2],
+    }
+    assert "None" in index.search(asked, group_by="source").totals.names
+
+
 def test_near_duplicates_are_shown_as_one_with_their_number(fitted, tmp_path):
     some = data(80)
     x, y = some.tensors
@@ -237,3 +290,27 @@ def test_a_fit_of_other_layers_is_refused_by_name(index, fitted):
     other = fit(fitted.model, data(), fitted.task, curvature="identity", layers=["0.*"])
     with pytest.raises(ArtifactMismatch, match="covers 2 layers, the fit follows 1"):
         index.ask(other, data(2, seed=2))
+
+
+def test_held_out_examples_that_were_removed_are_not_counted_and_other_coordinates_refused(
+    index, fitted, queries, tmp_path
+):
+    heldout = build(fitted, tmp_path / "a", examples=data(60, seed=4, prefix="h"), sample=0)
+    heldout.remove([f"h{i}" for i in range(0, 60, 2)])
+    method = Indexed(index=index, heldout=heldout, keep=5)
+    left = build(
+        fitted,
+        tmp_path / "b",
+        examples=data(60, seed=4, prefix="h").subset([*range(1, 60, 2)]),
+        sample=0,
+    )
+    one, two = (
+        m.attribute(fitted, queries) for m in (method, Indexed(index=index, heldout=left, keep=5))
+    )
+    assert one.control.shape[1] == 30
+    torch.testing.assert_close(one.control.sort(1).values, two.control.sort(1).values)
+    torch.testing.assert_close(one.significance, two.significance)
+    kind = Whitened(rank=4, damping=0.02, sides="leading")
+    other = build(fitted, tmp_path / "c", examples=data(60, seed=4), kind=kind, sample=0)
+    with pytest.raises(ArtifactMismatch, match="another projection"):
+        Indexed(index=index, heldout=other, keep=5).attribute(fitted, queries)
