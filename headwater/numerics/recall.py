@@ -2,8 +2,8 @@ r"""How much of a top k lies outside of what was looked at, told from a sample o
 
 Of $M$ examples outside $m$ are drawn at random and scored. If $x$ of them exceed some score, the number outside that do
 is at most the largest for which so few would still be met with probability $\alpha$ (Clopper and Pearson 1934, for a
-finite population). That holds for any scores, and is far off unless a good part of the outside was drawn; guesses of all
-scores tell more, as far as they are off alike.
+finite population). That holds for any scores, and is far off unless a good part of the outside was drawn. Guesses of
+all scores tell more, where they are off alike.
 """
 
 import math
@@ -64,7 +64,7 @@ def _log_choices(n: int, k: int) -> float:
 def places(inside: Float[Tensor, "row n"], k: int) -> Float[Tensor, "row k"]:
     r"""The k-th largest score, the one before it, and so on; $-\infty$ where there are fewer than k.
 
-    So many outsiders belong to the top k as j of them exceed the j-th place.
+    As many as j outsiders belong to the top k if, and only if, that many exceed the j-th place.
     """
     top = inside.topk(min(k, inside.shape[1]), dim=1).values
     missing = top.new_full((len(top), k - top.shape[1]), -math.inf)

@@ -1,8 +1,8 @@
 """The cascade: candidates from an index and other cheap sources, scored by the whole curvature.
 
-The best can be scored once more by the exact matrix. Each stage looks at fewer examples. Candidates from a store of projected gradients are those of
-Choe et al. (2024), arXiv:2405.13954, those by shared words of Grosse et al. (2023), arXiv:2308.03296, section 3.2.
-What a stage leaves behind is sampled, scored in the same way, and told as an estimate of what is missing.
+The best can be scored once more by the exact matrix. Each stage looks at fewer examples. Candidates from a store of
+projected gradients are those of Choe et al. (2024), arXiv:2405.13954, those by shared words of Grosse et al. (2023),
+arXiv:2308.03296. What a stage leaves behind is sampled and scored in the same way, which tells what is missing.
 """
 
 import time
