@@ -1,6 +1,7 @@
 """What the cascade finds and costs beside exact EK-FAC scores of everything, on a small GPT and real text.
 
     python benchmarks/cascade.py
+    python benchmarks/cascade.py --followed blocks --tried 3    # a part: 300 candidates of index and words
 
 A GPT of 2 layers, d 64, trained for a few epochs on 4,000 beginnings of Wikipedia articles (64 words each); queries are
 20 other articles, asked one at a time. Exact scores of all 4,000 are the truth. Recall counts both sides: the ten that
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -135,7 +136,11 @@ class Options:
     Args:
         n_train: Texts of the corpus.
         n_queries: Queries.
+        followed: Layers that are followed.
+        dampings: Dampings.
+        tried: Which of the sources and numbers of candidates; results of others stay as they are.
         rank: Rank of the index.
+        exact_matrix: Refine one question too.
         sample: Examples that each question's loss is estimated on.
         threads: Threads.
         folder: Where the model and results lie.
@@ -143,7 +148,11 @@ class Options:
 
     n_train: int = 4_000
     n_queries: int = 20
+    followed: tuple[Literal["blocks", "everything"], ...] = ("blocks", "everything")
+    dampings: tuple[str, ...] = ("auto", "0.1 relative")
+    tried: tuple[int, ...] = tuple(range(len(TRIED)))
     rank: int = 16
+    exact_matrix: bool = True
     sample: int = 200
     threads: int = 1
     folder: Path = RUNS
@@ -154,24 +163,25 @@ def main(options: Options) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     data = wikipedia_texts(options.n_train, options.n_queries)
     place, file = options.folder / f"cascade-{options.n_train}", options.folder / "cascade.json"
-    model, results = trained(options.folder, data.train), {}
+    model = trained(options.folder, data.train)
+    results = json.loads(file.read_text()) if file.exists() else {}
 
     def keep(name: str, result: dict[str, Any]) -> None:
         results[name] = result
         print(name, json.dumps(result), flush=True)
         file.write_text(json.dumps(results, indent=1))
 
-    for followed, layers in LAYERS.items():
+    for followed in options.followed:
         fit = headwater.fit(
-            model, data.train, TEXTS[0].task, curvature=EKFAC(own_bases=False), layers=layers,
+            model, data.train, TEXTS[0].task, curvature=EKFAC(own_bases=False), layers=LAYERS[followed],
             folder=place / followed,
         )  # fmt: skip
-        for damping in ("auto", "0.1 relative"):
+        for damping in options.dampings:
             name = f"{followed}, {damping}"
             exact = Influence(damping=damping, n_intervals=0, precision="model")
             truth = exact.attribute(fit, data.queries).values
             keep(
-                f"{name}: all scored", one_by_one(exact, fit, data.queries.subset([0, 1]), truth)[0]
+                f"{name}: all scored", one_by_one(exact, fit, data.queries.subset([0]), truth)[0]
             )
             index = GradientIndex.build(
                 fit, place / f"{name}, {options.rank}".replace(" ", "-"),
@@ -180,7 +190,7 @@ def main(options: Options) -> None:
             lookup = one_by_one(Indexed(index=index, keep=TOP), fit, data.queries, truth)[0]
             built = {"built": index.journal.facts["error"]["whole"]}
             keep(f"{name}: index alone", lookup | built | {"bytes": index.info()["bytes_per_row"]})
-            for sources, n in TRIED:
+            for sources, n in (TRIED[i] for i in options.tried):
                 method = Cascade(
                     index=index,
                     sources=SOURCES[sources],
@@ -189,7 +199,8 @@ def main(options: Options) -> None:
                     sample=options.sample,
                 )
                 keep(f"{name}: {sources}, {n}", judged(method, fit, data.queries, truth))
-        keep(f"{followed}: exact matrix", refined(fit, index, data.queries))
+        if options.exact_matrix:
+            keep(f"{followed}: exact matrix", refined(fit, index, data.queries))
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def stage(facts: dict[str, Any]) -> str:
     parts.append(f"{duration(facts['seconds'])}, {share} over the data")
     if (lost := facts.get("missed")) is not None:
         k, level = lost["k"], f"{100 * lost['confidence_level']:.3g} %"
-        part, high, most = (f"{k * lost[n]:.2g}" for n in ("estimate", "high", "at_most"))
+        part, high, most = (f"{k * lost[n]:.1f}" for n in ("estimate", "high", "at_most"))
         if lost["drawn"] < lost["outside"]:
             parts.append(
                 f"about {part} of each top {k} left behind ({level}: no more than {high}), if the stage before errs on "
