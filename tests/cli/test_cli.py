@@ -540,7 +540,8 @@ def test_with_an_index_candidates_are_scored_by_the_curvature_and_every_stage_is
     capsys.readouterr()
     assert ask(indexed, "--name", "few", "--top", "12", "--source", "topic", "--index") == 0
     out, told = capsys.readouterr()
-    assert "Stage: index" in out and "Stage: BM25" in out and "none left behind" in out
+    said = " ".join(out.split())
+    assert "Stage: index" in said and "Stage: BM25" in said and "none left behind" in said
     assert "Candidates come from 12 rows" in told
     page = (indexed / "traces" / "few.html").read_text(encoding="utf-8")
     assert "Stage: curvature" in page and "none left behind" in page
