@@ -7,13 +7,14 @@ arXiv:2308.03296. What a stage leaves behind is sampled and scored in the same w
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from headwater.core.capture import Progress
 from headwater.core.damping import Damping
@@ -192,7 +193,7 @@ class Cascade(Attributor):
             return scores, []
         ids = scores.train_ids
         content = None if self.content is None else [self.content(i) for i in ids]
-        rows = self.index.rows(found.positions(scores))
+        rows = self.index.rows(found.positions(scores.kept or []))
         first = clusters(rows, least=self.copies or 2.0, content=content)
         chosen, counts = shown_once(first, [torch.searchsorted(columns, e) for e in ends], keep)
         leaders = first.tolist()
@@ -231,7 +232,7 @@ class Cascade(Attributor):
             guess = _both(scores.values[:, [column[i] for i in drawn]])
             rest = [column[i] for i in others if i not in set(drawn)]
             left = _both(scores.values[:, rest])
-            strata = Stratum(
+            stratum = Stratum(
                 size=len(others),
                 drawn=_both(exact.values[:, len(inside) :]),
                 guess=guess,
@@ -239,7 +240,7 @@ class Cascade(Attributor):
                 others=lambda: [(left, torch.ones(len(rest)))],
             )
             told = missed(
-                _both(exact.values[:, : len(inside)]), [strata] if drawn else [], **self._told
+                _both(exact.values[:, : len(inside)]), [stratum] if drawn else [], **self._told
             )
             stage["missed"] = vars(told)
         if "copies" in best.metadata:
@@ -294,6 +295,17 @@ def _positions(examples: Examples) -> int:
     return sum(examples.lengths) if examples.lengths else len(examples)
 
 
+@contextmanager
+def forward_calls(model: nn.Module) -> Iterator[list[None]]:
+    """A list that grows with every call of a model."""
+    calls: list[None] = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
 class _Candidates:
     """What the sources propose, among the index's live rows that match the filter.
 
@@ -337,14 +349,16 @@ class _Candidates:
         for source in sources:
             name, before = type(source).__name__, time.perf_counter()
             try:
-                scores = source.attribute(fit, queries, **question)  # type: ignore[call-arg]
+                with forward_calls(fit.model) as calls:
+                    scores = source.attribute(fit, queries, **question)  # type: ignore[call-arg]
             except ImportError as error:
                 self.stages.append({"name": name, "skipped": str(error)})
                 continue
             self.papers += scores.facts["papers"]
-            by[name] = self._strongest(scores, method.candidates)
+            by[name] = by.get(name, set()) | self._strongest(scores, method.candidates)
             self.near |= self._strongest(scores, NEAR * method.candidates)
-            self.stages.append(_stage(fit, name, len(by[name]), before))
+            stage = _stage(fit, name, len(by[name]), before)
+            self.stages.append(stage | {"passes": len(calls) / len(fit.batches(fit.train))})
         for stage in self.stages:
             if stage["name"] in by:
                 others = (v for k, v in by.items() if k != stage["name"])
@@ -363,12 +377,12 @@ class _Candidates:
         best = sizes.topk(min(n, sizes.shape[1]), dim=1)
         return set(best.indices[best.values > 0].tolist())
 
-    def positions(self, scores: Scores) -> Int[Tensor, " column"]:
-        """Positions in the index of the columns of some scores."""
-        found = self._back[torch.tensor(scores.kept)]
-        known = self.index.ids(found)
-        if known != scores.train_ids:
-            wrong = next(a for a, b in zip(known, scores.train_ids, strict=True) if a != b)
+    def positions(self, numbers: Sequence[int]) -> Int[Tensor, " n"]:
+        """Positions in the index of some training examples."""
+        found = self._back[torch.tensor(numbers)]
+        known, own = self.index.ids(found), [self.fit.train.ids[i] for i in numbers]
+        if known != own:
+            wrong = next(a for a, b in zip(known, own, strict=True) if a != b)
             raise ArtifactMismatch(
                 f"The training data are not those of the index: example {wrong!r} is elsewhere or missing."
             )
@@ -385,20 +399,21 @@ class _Candidates:
             order = torch.randperm(len(there), generator=generator)[: -(-n // 2)]
             if len(there) and n:
                 strata.append((mask, sorted(there[order].tolist())))
-        return sorted({*self.numbers, *(i for _, some in strata for i in some)}), strata
+        every = sorted({*self.numbers, *(i for _, some in strata for i in some)})
+        self.positions(every)  # the data are those of the index
+        return every, strata
 
     def missed(
         self, scores: Scores, sampled: Sequence[tuple[Tensor, list[int]]]
     ) -> dict[str, Any] | None:
         """What the candidates lack of the top k, both sides together."""
-        self.positions(scores)  # the data are those of the index
         column = {number: i for i, number in enumerate(scores.kept or [])}
         inside = _both(scores.values[:, [column[i] for i in self.numbers]])
         if not sampled and int(self.pool.sum()) > len(self.numbers):
             return None
         strata = []
         for mask, some in sampled:
-            positions = self._back[torch.tensor(some)]
+            positions = self.positions(some)
             guess = -(self.asked.rows.float() @ self.index.rows(positions).mT)
             others = mask.clone()
             others[positions] = False

@@ -151,6 +151,9 @@ def test_other_methods_add_candidates(fitted, queries, index):
     assert set(b.kept) == set(a.kept) | set(similar.flatten().tolist())
     told = stage(b, "EmbeddingSimilarity")
     assert told["only"] == len(set(b.kept) - set(a.kept)) > 0
+    assert (
+        told["passes"] == 1 + 1 / (N / 32).__ceil__()
+    )  # all training data and one batch of queries
     with pytest.raises(ValueError, match="compares words"):
         replace(plain, sources=(BM25(),)).attribute(fitted, queries)
 
