@@ -180,9 +180,7 @@ def main(options: Options) -> None:
             name = f"{followed}, {damping}"
             exact = Influence(damping=damping, n_intervals=0, precision="model")
             truth = exact.attribute(fit, data.queries).values
-            keep(
-                f"{name}: all scored", one_by_one(exact, fit, data.queries.subset([0]), truth)[0]
-            )
+            keep(f"{name}: all scored", one_by_one(exact, fit, data.queries.subset([0]), truth)[0])
             index = GradientIndex.build(
                 fit, place / f"{name}, {options.rank}".replace(" ", "-"),
                 kind=Whitened(rank=options.rank, damping=damping, sides="leading"),
