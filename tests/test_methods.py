@@ -27,7 +27,7 @@ ATTRIBUTORS = sorted(
         for c in vars(trace).values()
         if inspect.isclass(c)
         and issubclass(c, Attributor)
-        and c not in (Attributor, trace.Indexed)  # an index comes first: tests/core/index
+        and c not in (Attributor, trace.Cascade, trace.Indexed)  # an index comes first
     ),
     key=lambda c: c.__name__,
 )

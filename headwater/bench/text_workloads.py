@@ -76,7 +76,8 @@ def _extracts() -> list[str]:
     return [entry["extract"] for entry in content.values()]
 
 
-def _wikipedia(n_train: int = 400, n_queries: int = 100) -> Data:
+def wikipedia_texts(n_train: int = 400, n_queries: int = 100) -> Data:
+    """The beginnings of Wikipedia articles as word numbers, and others as queries."""
     ids, words = word_ids(_extracts(), length=_LENGTH, n_words=_VOCABULARY)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
 
@@ -123,7 +124,7 @@ TEXTS = (
     Workload(
         name="wikipedia-gpt",
         title="Wikipedia: GPT of 2 layers, d 64, 400 texts of 64 words",
-        load=_wikipedia,
+        load=wikipedia_texts,
         model=lambda seed: GPT(
             _VOCABULARY, context=_LENGTH, n_layers=2, dim=64, n_heads=4, tied=False, seed=seed
         ),

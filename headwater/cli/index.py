@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from headwater.core.fit import Fit
     from headwater.core.index import Damage, GradientIndex, LoGra, Whitened
     from headwater.data.tokens import TextExamples
-    from headwater.trace import Indexed
+    from headwater.trace import Cascade, Indexed
 
 FOLDER, HELDOUT = "index", "index-heldout"
 DUPLICATE = 0.999  # cosine of rows from which examples are shown as one
@@ -388,6 +388,9 @@ def _quality(facts: dict[str, Any]) -> Sequence[str]:
 
 def looked_up(facts: dict[str, Any]) -> list[str]:
     """How an answer was looked up, and what it may have missed."""
+    if "stages" in facts:
+        told = [f"  {line}" for line in _quality(facts["index"])]
+        return [f"Candidates come from {facts['scanned']:,} rows of the index:", *told]
     spent = facts["seconds_queries"], facts["seconds_search"]
     lines = [
         f"Looked up {facts['scanned']:,} rows in {1000 * spent[1]:.0f} ms; the queries' own rows took {spent[0]:.1f} s."
@@ -396,8 +399,8 @@ def looked_up(facts: dict[str, Any]) -> list[str]:
     if error := facts["index"].get("error"):
         missed = 10 * (1 - error["whole"]["recall_10"])
         lines.append(
-            f"  so of the ten strongest by the whole curvature about {missed:.1f} may be missing; without --index all "
-            "are scored"
+            f"  so of the ten strongest by the whole curvature about {missed:.1f} may be missing; without "
+            "--no-rescore more are looked at, without --index all"
         )
     return lines
 
@@ -411,11 +414,25 @@ def journal_digests(run: Path) -> list[str]:
 
 
 def indexed(
-    run: Path, fitted: "Fit", session: Session, record: dict[str, Any], where: Sequence[str]
-) -> tuple["Fit", "Indexed"]:
-    """The method that looks a run's index up, and the fit with the texts of all its sources."""
+    run: Path,
+    fitted: "Fit",
+    session: Session,
+    record: dict[str, Any],
+    where: Sequence[str],
+    rescoring: dict[str, Any] | None = None,
+) -> tuple["Fit", "Indexed | Cascade"]:
+    """The method that looks a run's index up, and the fit with the texts of all its sources.
+
+    Args:
+        run: The run folder.
+        fitted: Its fit.
+        session: Its model and data.
+        record: Its record.
+        where: Metadata to look among.
+        rescoring: Options of the cascade that scores again what was found; None looks up only.
+    """
     from headwater.core.index import GradientIndex
-    from headwater.trace import Indexed
+    from headwater.trace import Cascade, Indexed
 
     index = GradientIndex(run / FOLDER)
     known = [source.data for source in index.journal.sources]
@@ -430,15 +447,17 @@ def indexed(
         )
     texts = _joined([given[name] for name in known], index)
     place = {name: i for i, name in enumerate(texts.ids)}
+    shared: dict[str, Any] = {
+        "index": index,
+        "where": conditions(where),
+        "copies": DUPLICATE,
+        "content": lambda name: tuple(texts.input_ids[place[name]].tolist()),
+    }
+    if rescoring is not None:
+        return replace(fitted, train=texts), Cascade(**shared, **rescoring)
     heldout = run / HELDOUT
-    method = Indexed(
-        index=index,
-        heldout=GradientIndex(heldout) if heldout.is_dir() else None,
-        where=conditions(where),
-        copies=DUPLICATE,
-        content=lambda name: tuple(texts.input_ids[place[name]].tolist()),
-    )
-    return replace(fitted, train=texts), method
+    held = GradientIndex(heldout) if heldout.is_dir() else None
+    return replace(fitted, train=texts), Indexed(heldout=held, **shared)
 
 
 def _joined(parts: Sequence["TextExamples"], index: "GradientIndex") -> "TextExamples":

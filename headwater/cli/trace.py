@@ -13,6 +13,8 @@ from headwater.cli.question import Question, as_asked, asked_queries, check_name
 if TYPE_CHECKING:
     from headwater.core.evidence import Evidence
 
+CANDIDATES = 300
+
 
 @dataclass(frozen=True, kw_only=True)
 class InfluenceFlags:
@@ -45,7 +47,10 @@ class Trace(Question):
             alternative's.
         name: Name of the trace in the run folder.
         top: How many examples to show on each side.
-        index: Look up the index made by `headwater index build`, without a pass over the training data.
+        index: Find candidates in the index made by `headwater index build` and by shared words, and score those by the
+            curvature, and with --cg-steps the best by the exact matrix: no pass over the training data.
+        rescore: With --index; --no-rescore takes the index's own scores, in milliseconds.
+        candidates: With --index: how many examples each source of candidates adds, for each prompt.
         where: With --index: metadata to look among, such as source=wiki or year=1990..1999; repeat for several.
     """
 
@@ -53,6 +58,8 @@ class Trace(Question):
     name: str = "trace"
     top: int = 8
     index: bool = False
+    rescore: bool = True
+    candidates: int = CANDIDATES
     where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     method: Annotated[InfluenceFlags, tyro.conf.arg(name="")] = field(
         default_factory=InfluenceFlags
@@ -66,6 +73,23 @@ class Trace(Question):
             )
         if self.where and not self.index:
             raise ValueError("--where needs --index; without it every training example is scored.")
+        if not self.index and (not self.rescore or self.candidates != CANDIDATES):
+            raise ValueError(
+                "--no-rescore and --candidates need --index; without it every training example is scored."
+            )
+        if self.index and self.method.rank is not None:
+            raise ValueError(
+                "--rank makes a pass over all data cheaper; leave it out with --index."
+            )
+        if not self.rescore and self.method != InfluenceFlags():
+            raise ValueError(
+                "--no-rescore takes the index's scores as they are; leave out --damping, --cg-steps and "
+                "--confidence-level, or --no-rescore."
+            )
+        if self.candidates < self.top:
+            raise ValueError(
+                f"Expected --candidates of --top ({self.top}) or more; got {self.candidates}."
+            )
         if self.top < 1:
             raise ValueError(f"Expected --top of 1 or more; got {self.top}.")
         check_name(self.name, "trace")
@@ -143,8 +167,10 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
     if command.index:
         from headwater.cli.index import indexed
 
-        fitted, method = indexed(command.run, fitted, session, record, command.where)
-        control = None  # it has an index of its own
+        rescoring = _rescoring(command) if command.rescore else None
+        fitted, method = indexed(command.run, fitted, session, record, command.where, rescoring)
+        if not command.rescore:
+            control = None  # it has an index of its own
     known = {
         "model": "/".join(Path(record["fit"]["model"]).parts[-2:]),
         "corpus": "/".join(Path(record["fit"]["data"]).parts[-2:]),
@@ -163,10 +189,22 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
             facts=known | facts,
             progress=progress,
         )
-    if command.index:
+    if command.index and not command.rescore:
         return evidence
     seconds = {"fit": fitted.facts["seconds"], "trace": evidence.facts["seconds"]}
     unit = record.get("cost", {}).get("pass_seconds")
     cost = {"cost": {name: s / unit for name, s in seconds.items()}} if unit else {}
     measured = {"seconds": seconds, "peak_memory": peak_memory_bytes()} | cost
     return replace(evidence, facts=evidence.facts | measured)
+
+
+def _rescoring(command: Trace) -> dict[str, Any]:
+    """Options of the cascade."""
+    flags = command.method
+    exact = {"refine": max(10, command.top), "cg_steps": flags.cg_steps} if flags.cg_steps else {}
+    return exact | {
+        "candidates": command.candidates,
+        "damping": flags.damping,
+        "confidence_level": flags.confidence_level,
+        "n_intervals": command.top,
+    }

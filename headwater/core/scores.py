@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,21 @@ class Scores:
     def index(self, column: int) -> int:
         """Number of the training example of a column, in the training data."""
         return column if self.kept is None else self.kept[column]
+
+    def only(self, columns: Sequence[int]) -> "Scores":
+        """The scores of some columns, as of the strongest that were kept."""
+        chosen = list(columns)
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[..., chosen]
+
+        return replace(
+            self,
+            **{name: cut(getattr(self, name)) for name in _BY_COLUMN},
+            train_ids=[self.train_ids[i] for i in chosen],
+            metadata={k: [v[i] for i in chosen] for k, v in self.metadata.items()},
+            kept=[self.index(i) for i in chosen],
+        )
 
     def top(self, k: int = 10, *, lowest: bool = False) -> Sequence[list[int]]:
         """For each query the k training examples that raise its measurement most, or lower it most."""
@@ -287,6 +302,7 @@ def from_column(name: str, values: list) -> tuple[str, list]:
 
 
 _TENSORS = ("values", "low", "high", "significance", "control", "by_layer", "layer_totals")
+_BY_COLUMN = ("values", "low", "high", "significance", "by_layer")
 _FACTS = ("query_ids", "measurement", "layers", "kept", "n_train", "facts")
 
 

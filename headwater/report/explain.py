@@ -16,6 +16,7 @@ from headwater.core.fit import Fit
 from headwater.core.follow import evaluation_mode
 from headwater.core.provenance import papers, versions
 from headwater.core.scores import Scores
+from headwater.trace.cascade import Cascade
 from headwater.trace.indexed import Indexed
 from headwater.trace.influence import Influence
 
@@ -32,7 +33,7 @@ def explain(
     fit: Fit,
     queries: Examples,
     *,
-    influence: Influence | Indexed | None = None,
+    influence: Influence | Cascade | Indexed | None = None,
     measurement: str = "log_prob",
     top: int = 8,
     control: Examples | None = None,

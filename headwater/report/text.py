@@ -243,11 +243,42 @@ _FOR_MACHINES = ("made_from", "options", "papers", "question")
 def facts(evidence: Evidence) -> list[tuple[str, str]]:
     """How the evidence came about: label and value of each fact, the known ones first."""
     left = {k: v for k, v in evidence.facts.items() if k not in _FOR_MACHINES}
-    rows = []
+    rows = [(f"Stage: {s['name']}", stage(s)) for s in left.pop("stages", [])]
     for name, label in _FACTS.items():
         if (value := left.pop(name, None)) is not None:
             rows.append((label, _fact(name, value, left)))
     return rows + [(name.replace("_", " "), quantity(value)) for name, value in left.items()]
+
+
+def stage(facts: dict[str, Any]) -> str:
+    """What a stage of a cascade looked at, what it cost, and what it may have left behind.
+
+    Example:
+        >>> stage({"name": "index", "examples": 1200, "only": 900, "seconds": 0.25, "passes": 0.002})
+        '1,200 examples, 900 of them from here only; 0.25 s, 0.2 % of a pass over the data'
+    """
+    if "skipped" in facts:
+        return f"left out: {facts['skipped']}"
+    parts = [f"{facts['examples']:,} examples"]
+    if "only" in facts:
+        parts[0] += f", {facts['only']:,} of them from here only"
+    passes = facts["passes"]
+    share = f"{100 * passes:.2g} % of a pass" if passes < 1 else f"{passes:.3g} passes"
+    parts.append(f"{duration(facts['seconds'])}, {share} over the data")
+    if (lost := facts.get("missed")) is not None:
+        k, level = lost["k"], f"{100 * lost['confidence_level']:.3g} %"
+        part, high, most = (f"{k * lost[n]:.1f}" for n in ("estimate", "high", "at_most"))
+        if lost["drawn"] < lost["outside"]:
+            parts.append(
+                f"about {part} of each top {k} left behind ({level}: no more than {high}), if the stage before errs on "
+                f"the {lost['outside']:,} others as on {lost['drawn']:,} that were scored too; whatever it does, no "
+                f"more than {most}"
+            )
+        else:
+            parts.append("none left behind: all were scored")
+    elif "missed" in facts:
+        parts.append("its loss was not estimated")
+    return "; ".join(parts)
 
 
 def _fact(name: str, value: Any, others: dict[str, Any]) -> str:

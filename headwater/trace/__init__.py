@@ -6,6 +6,7 @@ A method takes a fit and queries and returns scores (query, train), positive whe
 from headwater.trace.arnoldi import Arnoldi
 from headwater.trace.base import Attributor
 from headwater.trace.bm25 import BM25
+from headwater.trace.cascade import Cascade
 from headwater.trace.datainf import DataInf
 from headwater.trace.ensemble import Ensemble
 from headwater.trace.explicit import Explicit
@@ -30,6 +31,7 @@ __all__ = [
     "TRAK",
     "Arnoldi",
     "Attributor",
+    "Cascade",
     "DataInf",
     "EmbeddingSimilarity",
     "Ensemble",

@@ -27,6 +27,12 @@ from headwater.extras import require
 from headwater.trace.base import Attributor, direction, to_scores
 
 
+def is_text(examples: Examples) -> bool:
+    """Whether the examples hold token ids."""
+    batch = examples.batch([0])
+    return isinstance(batch, dict) and "input_ids" in batch
+
+
 def words_of(examples: Examples, column: str | None = None) -> list[list[str]]:
     """The words of each example, in lower case.
 

@@ -114,7 +114,7 @@ class Indexed(Attributor):
         progress: Progress | None = None,
     ) -> tuple[Float[Tensor, "asked chosen pos"], Float[Tensor, "asked chosen"]]:
         """What each position of some examples carries of their unprojected scores, by a pass over those alone."""
-        method = Influence(damping=_damping(self.index), precision="model")
+        method = Influence(damping=index_damping(self.index), precision="model")
         parts = method.tokens(
             fit, queries, chosen, measurement=measurement, weights=weights, progress=progress
         )
@@ -122,7 +122,7 @@ class Indexed(Attributor):
         return parts[0] * ratio, parts[1] * ratio
 
 
-def _damping(index: GradientIndex) -> Damping | str:
+def index_damping(index: GradientIndex) -> Damping | str:
     """The damping of the rows, or the fit's own where they have another curvature."""
     space = index.journal.space
     return "auto" if space["kind"] == "logra" else Damping(**space["damping"])

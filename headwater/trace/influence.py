@@ -101,6 +101,7 @@ def score(
     keep: int | None = None,
     group_by: str | None = None,
     by_layer: bool = False,
+    among: Sequence[int] | None = None,
     precision: Precision = "model",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -114,20 +115,24 @@ def score(
             for every query in the model's own precision; None keeps all.
         group_by: Metadata column to total by, over all examples.
         by_layer: Also tell layers apart.
+        among: Numbers of the training examples to look among; the others are not touched, nor in the totals.
         precision: Of the products with the training data.
         progress: Called with (done, total, note).
     """
-    train, layers = fit.train, [layer.name for layer in fit.followed] if by_layer else []
-    found: dict[str, Any] = {"n_train": len(train), "layers": layers}
+    layers = [layer.name for layer in fit.followed] if by_layer else []
+    train = fit.train if among is None else fit.train.subset(_numbers(among, len(fit.train)))
+    found: dict[str, Any] = {"n_train": len(fit.train), "layers": layers}
     names, group = groups_of(train.metadata, group_by) if group_by else ([], None)
     if keep is None:
         _check_size(prepared.n, len(train), len(layers))
-        kept = train
+        kept, found["kept"] = train, None if among is None else list(among)
     else:
         strongest = StrongestScores(prepared, keep, groups=group, by_layer=layers)
         _gather(fit, train, [strongest], progress, "scores", precision)
         found["kept"] = strongest.finish().tolist()
         kept, precision = train.subset(found["kept"]), "model"
+        if among is not None:
+            found["kept"] = [among[i] for i in found["kept"]]
         raised, lowered = (scale * strongest.totals + 0.0).flip(0).float()  # no -0.0
         if group is not None:
             counts = group.bincount(minlength=len(names)).tolist()
@@ -145,6 +150,14 @@ def score(
         found["by_layer"] = scale * torch.stack([pairs.by_layer[name] for name in layers])
         found.setdefault("layer_totals", found["by_layer"].abs().sum(2))
     return found
+
+
+def _numbers(among: Sequence[int], n: int) -> Sequence[int]:
+    wrong = [i for i in among if not 0 <= i < n]
+    if wrong or not len(among):
+        what = f"there is no example {wrong[0]} among {n:,}" if wrong else "got none"
+        raise ValueError(f"Expected numbers of training examples to score; {what}.")
+    return among
 
 
 def _check_size(n_queries: int, n_train: int, n_layers: int) -> None:
@@ -230,6 +243,7 @@ class Influence(Attributor):
         control: Any = None,
         by_layer: bool = False,
         group_by: str | None = None,
+        among: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Scores:
         """Scores of every training example for every query, or of the strongest (`keep`).
@@ -244,6 +258,7 @@ class Influence(Attributor):
             control: Examples that were held out of training; the scores' significance is measured against theirs.
             by_layer: Also return each layer's part.
             group_by: Metadata column to total by; needed only with `keep`.
+            among: Numbers of the training examples to score, without a look at the others; all when left out.
             progress: Called with (done, total, note).
         """
         started = time.perf_counter()
@@ -259,6 +274,7 @@ class Influence(Attributor):
             keep=self.keep,
             group_by=group_by,
             by_layer=by_layer,
+            among=among,
             precision=self.precision,
             progress=progress,
         )

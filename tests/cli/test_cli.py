@@ -518,7 +518,8 @@ def indexed(place, tmp_path_factory):
 def test_a_trace_of_an_index_is_that_of_the_whole_data(indexed, capsys):
     ask(indexed, "--name", "whole", "--top", "12", "--source", "topic")
     capsys.readouterr()
-    ask(indexed, "--name", "fast", "--top", "12", "--source", "topic", "--index")
+    fast = ("--index", "--no-rescore")
+    ask(indexed, "--name", "fast", "--top", "12", "--source", "topic", *fast)
     out, told = capsys.readouterr()
     assert "Looked up 12 rows in" in told and "nats" in out
     whole, fast = (Evidence.load(indexed / "traces" / n).answers[0] for n in ("whole", "fast"))
@@ -529,6 +530,50 @@ def test_a_trace_of_an_index_is_that_of_the_whole_data(indexed, capsys):
     assert sum(copies.values()) == 12  # equal texts are shown as one
     assert all(x.significance is not None for _, _, x in fast.ranked())
     assert {s.name: s.n for s in fast.sources} == {s.name: s.n for s in whole.sources}
+
+
+def test_with_an_index_candidates_are_scored_by_the_curvature_and_every_stage_is_told(
+    indexed, capsys
+):
+    """Every example is a candidate here, so that the scores are those of the whole data."""
+    ask(indexed, "--name", "all", "--top", "12", "--source", "topic")
+    capsys.readouterr()
+    assert ask(indexed, "--name", "few", "--top", "12", "--source", "topic", "--index") == 0
+    out, told = capsys.readouterr()
+    said = " ".join(out.split())
+    assert "Stage: index" in said and "Stage: BM25" in said and "none left behind" in said
+    assert "Candidates come from 12 rows" in told
+    page = (indexed / "traces" / "few.html").read_text(encoding="utf-8")
+    assert "Stage: curvature" in page and "none left behind" in page
+    whole, few = (Evidence.load(indexed / "traces" / n) for n in ("all", "few"))
+    scores = {x.example_id: x for _, _, x in whole.answers[0].ranked()}
+    for _, _, x in few.answers[0].ranked():
+        other = scores[x.example_id]
+        assert (x.score, x.significance) == pytest.approx((other.score, other.significance))
+        assert (x.low, x.high) == pytest.approx((other.low, other.high))
+    assert sum(x.metadata["copies"] for _, _, x in few.answers[0].ranked()) == 12
+    assert sum(s.n for s in few.answers[0].sources) == 12
+    assert few.facts["n_heldout"] == 5 and few.facts["cost"]["trace"] > 0
+    assert ask(indexed, "--name", "json", "--index", "--cg-steps", "2", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)["facts"]
+    names = [s["name"] for s in facts["stages"]]
+    assert names == ["index", "BM25", "curvature", "exact matrix"]
+    assert facts["stages"][2]["missed"]["outside"] == 0 and facts["cg_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--no-rescore"], "--no-rescore and --candidates need --index"),
+        (["--candidates", "7"], "--no-rescore and --candidates need --index"),
+        (["--index", "--no-rescore", "--cg-steps", "3"], "as they are; leave out"),
+        (["--index", "--rank", "2"], "leave it out with --index"),
+        (["--index", "--candidates", "2"], "Expected --candidates of --top (8) or more; got 2"),
+    ],
+)
+def test_flags_of_the_cascade_that_contradict_are_refused(indexed, words, message, capsys):
+    assert ask(indexed, "--name", "no", *words) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_trace_of_an_index_can_look_among_some_sources(indexed):

@@ -90,6 +90,19 @@ def test_scores_of_the_strongest_know_their_numbers_and_the_totals_of_all(tmp_pa
         scores(kept=[1, 2])
 
 
+def test_some_columns_keep_all_that_is_theirs():
+    whole = some_kept()
+    values = whole.values
+    layers = torch.stack([values, 2 * values])
+    some = some_kept(low=values - 1, high=values + 1, by_layer=layers).only([1])
+    assert some.train_ids == [whole.train_ids[1]] and some.kept == [whole.kept[1]]
+    assert some.n_train == whole.n_train and some.query_ids == whole.query_ids
+    for name, expected in (("values", values), ("low", values - 1), ("high", values + 1)):
+        assert torch.equal(getattr(some, name), expected[:, [1]])
+    assert torch.equal(some.by_layer, layers[..., [1]])
+    assert all(v == [whole.metadata[k][1]] for k, v in some.metadata.items())
+
+
 def test_a_contrast_is_the_difference():
     held = torch.tensor([[0.0, 1.0], [2.0, -2.0]])
     mine, other = scores(control=held), scores(values=torch.ones(2, 4), control=torch.zeros(2, 2))

@@ -15,7 +15,7 @@ from headwater.core.target import Loss
 from headwater.core.task import Classification, Regression
 from headwater.numerics.resampling import jackknife_interval
 from headwater.trace import Influence
-from headwater.trace.influence import inner_products, query_gradients, refine
+from headwater.trace.influence import inner_products, query_gradients, refine, score
 from tests.curvature_cases import (
     EVERY,
     Case,
@@ -249,6 +249,37 @@ def test_keeping_the_strongest_gives_the_same_scores_intervals_and_totals(curvat
     for name in ("raised", "lowered", "net"):
         torch.testing.assert_close(getattr(mine, name), getattr(its, name), rtol=1e-4, atol=1e-6)
     assert kept.metadata["source"] == [train.metadata["source"][i] for i in columns]
+
+
+@pytest.mark.parametrize("name", ["mlp", "lm"])
+@pytest.mark.parametrize("keep", [None, 1])
+def test_some_examples_have_the_scores_they_have_among_all(name, keep):
+    found = shared(name)
+    fitted, chosen = found.fitted(EKFAC()), [3, 0, 2]
+    prepared = fitted.curvature.prepare(
+        query_gradients(fitted, found.query), Inverse(Damping(RHO)), fitted.n_rows
+    )
+    whole = score(fitted, prepared, by_layer=True)
+    some = score(fitted, prepared, by_layer=True, among=chosen, keep=keep)
+    assert set(some["kept"]) <= set(chosen) and some["n_train"] == len(found.train)
+    assert some["train_ids"] == [found.train.ids[i] for i in some["kept"]]
+    for key in ("values", "by_layer"):
+        tolerance = 1e-12 if key == "values" else 1e-6  # parts of layers are kept in float32
+        torch.testing.assert_close(
+            some[key], whole[key][..., some["kept"]], rtol=tolerance, atol=tolerance
+        )
+    if keep is None:
+        assert some["kept"] == chosen
+    method = Influence(damping=RHO, keep=keep, n_intervals=1)
+    scores = method.attribute(fitted, found.query, among=chosen)
+    assert scores.low is not None and set(scores.kept) <= set(chosen)
+
+
+def test_examples_that_are_not_there_cannot_be_scored():
+    found = shared("mlp")
+    for among, what in (([0, 99], "there is no example 99 among 18"), ([], "got none")):
+        with pytest.raises(ValueError, match=what):
+            Influence(damping=RHO).attribute(found.fitted(EKFAC()), found.query, among=among)
 
 
 def test_a_matrix_that_does_not_fit_is_refused_with_the_remedy(monkeypatch):

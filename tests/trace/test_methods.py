@@ -18,7 +18,7 @@ METHODS = sorted(
         for c in vars(trace).values()
         if inspect.isclass(c)
         and issubclass(c, Attributor)
-        and c not in (Attributor, trace.Indexed)  # an index comes first: tests/core/index
+        and c not in (Attributor, trace.Cascade, trace.Indexed)  # an index comes first
         and "trajectory" not in inspect.signature(c.attribute).parameters  # reads a recorded run
     ),
     key=lambda c: c.__name__,

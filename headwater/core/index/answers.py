@@ -16,7 +16,7 @@ from headwater.core.files import ArtifactMismatch
 from headwater.core.fit import Fit
 from headwater.core.index.approximate import Approximate
 from headwater.core.index.metric import ProjectedMetric
-from headwater.core.index.search import Mode, Where, clusters, divided, matching, scan
+from headwater.core.index.search import Mode, Where, clusters, divided, matching, scan, shown_once
 from headwater.core.index.spaces import Space
 from headwater.core.index.stored import StoredRows
 from headwater.core.index.writing import SpaceRows
@@ -311,19 +311,14 @@ class Answers(StoredRows, ABC):
         first = clusters(
             rows, least=least, content=None if content is None else [content(i) for i in ids]
         )
-        place = torch.full((self.n_rows,), -1)
-        place[kept] = first
-        chosen = set()
-        for side in found.index:
-            for row in place[side].tolist():  # strongest first
-                chosen |= set(list(dict.fromkeys(row))[:keep])
-        picked = torch.tensor(sorted(chosen), dtype=torch.int64)
-        count = first.bincount(minlength=len(rows))
+        ends = [torch.searchsorted(kept, x).where(x >= 0, -1) for x in found.index]
+        chosen, counts = shown_once(first, ends, keep)
+        picked = torch.tensor(chosen, dtype=torch.int64)
         members: dict[int, list[str]] = {}
         for name, leader in zip(ids, first.tolist(), strict=True):
             members.setdefault(leader, []).append(name)
-        told = {ids[i]: members[i] for i in picked.tolist() if len(members[i]) > 1}
-        return kept[picked], rows[picked], count[picked].tolist(), {"copies": told}
+        told = {ids[i]: members[i] for i in chosen if len(members[i]) > 1}
+        return kept[picked], rows[picked], counts, {"copies": told}
 
     def _facts(self, mode: str, asked: Asked, seconds: float) -> dict[str, Any]:
         journal = self.journal

@@ -4,7 +4,7 @@ Memory is that of one block, however many rows there are: pages of the files bel
 back when it needs them.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -221,3 +221,21 @@ def clusters(
             break
         first = lower
     return first
+
+
+def shown_once(
+    first: Int[Tensor, " n"], ends: Sequence[Int[Tensor, "query hit"]], keep: int
+) -> tuple[list[int], list[int]]:
+    """Which of n hits to show where duplicates are shown as one, and how many each stands for.
+
+    Args:
+        first: The one that stands for each, of `clusters`.
+        ends: Hits of each query, the strongest first; -1 for none.
+        keep: How many to show for each query.
+    """
+    chosen: set[int] = set()
+    for end in ends:
+        for row in end.tolist():
+            chosen |= set(list(dict.fromkeys(int(first[i]) for i in row if i >= 0))[:keep])
+    counts = first.bincount(minlength=len(first)).tolist()
+    return sorted(chosen), [counts[i] for i in sorted(chosen)]
