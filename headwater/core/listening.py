@@ -66,7 +66,8 @@ class Listener(Capture):
         self.projection = projection
         self._two_sided = projection if isinstance(projection, TwoSided) else None
         self._made: dict[tuple[str, torch.dtype, torch.device], _Matrices] = {}
-        self._last: tuple[Tensor, str, Tensor] | None = None
+        self._copies: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._last: tuple[Tensor, Tensor | None, bool, Tensor] | None = None
         self._rows_of: dict[str, Tensor] = {}
         self._unreached: list[str] = []
 
@@ -168,7 +169,8 @@ class Listener(Capture):
             self._unreached.append(name)
         if isinstance(calls[0], _Early):
             parts = [c.part for c in calls if isinstance(c, _Early) and c.part is not None]
-            zero = torch.zeros(n, self.projection.width(layer), device=self.device)
+            kept = calls[0].kept
+            zero = kept.new_zeros(n, self.projection.width(layer), dtype=kronecker.sum_dtype(kept))
             self._rows_of[name] = sum(parts[1:], parts[0]).flatten(1) if parts else zero
         else:
             rows = self._rows(layer, calls, n, {}, BatchInfo(torch.arange(n)))
@@ -187,10 +189,12 @@ class Listener(Capture):
             )
         if use.kind == "embedding":
             return self._tokens(layer, module, x.reshape(n, -1))
-        if self._last is None or self._last[0] is not x or self._last[1] != layer.input_group:
-            P = self._matrices(layer, x)
-            self._last = x, layer.input_group, P.read(x.detach().reshape(n, -1, x.shape[-1]))
-        return self._last[2]
+        P = self._matrices(layer, x)
+        last = self._last  # layers that read the same tensor one after the other share its projection
+        if last is None or last[0] is not x or last[1] is not P.in_ or last[2] != P.bias:
+            read = P.read(x.detach().reshape(n, -1, x.shape[-1]))
+            last = self._last = x, P.in_, P.bias, read
+        return last[3]
 
     def _tokens(self, layer: Layer, module: Any, tokens: Tensor) -> Float[Tensor, "n pos k"]:
         """One-hot tokens, projected: columns of the matrix."""
@@ -216,9 +220,19 @@ class Listener(Capture):
         key = layer.name, like.dtype, like.device
         if key not in self._made and self._two_sided is not None:
             out, in_ = self._two_sided.sides(layer)
-            out, in_ = (None if p is None else p.to(like) for p in (out, in_))
-            self._made[key] = _Matrices(out, in_, layer.has_bias)
+            self._made[key] = _Matrices(
+                self._copy(out, like), self._copy(in_, like), layer.has_bias
+            )
         return self._made[key]
+
+    def _copy(self, P: Tensor | None, like: Tensor) -> Tensor | None:
+        """A matrix in the type of a tensor; the same for layers that share it."""
+        if P is None:
+            return None
+        key = id(P), like.dtype, like.device
+        if key not in self._copies:
+            self._copies[key] = P, P.to(like)  # the first keeps its identity taken
+        return self._copies[key][1]
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,14 @@ def repair(
     fingerprint = data.fingerprint()
     for damage in damages:
         if damage.shard is not None:
-            known = journal.sources[whose[damage.shard].source].data
+            source = journal.sources[whose[damage.shard].source]
+            known = source.data
+            if source.training:
+                raise ArtifactError(
+                    f"{damage} was made while the model trained, at parameters that are gone, so it cannot be made again. "
+                    "Remove the damaged rows and compact the index (`headwater index remove … --compact`), or restore "
+                    "the file from a copy."
+                )
             if known != fingerprint:
                 raise ArtifactMismatch(
                     f"{damage.file} was made from other data (saved {short(known)}…, given {short(fingerprint)}…); "

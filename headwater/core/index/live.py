@@ -39,7 +39,7 @@ from headwater.core.index.encoding import Dtype
 from headwater.core.index.gradient_index import BLOCK_ROWS, SHARD_BYTES, GradientIndex
 from headwater.core.index.journal import Journal, Pending, ShardFacts, Source, ranges_of
 from headwater.core.index.metric import fit_metric
-from headwater.core.index.outliers import Outlier, Outliers, Watch
+from headwater.core.index.outliers import Outlier, Outliers, SelfInfluence, Watch
 from headwater.core.index.shards import Shard, ShardWriter, shard_name
 from headwater.core.index.spaces import LoGra, LoGraSpace, SketchedSpace, Space, Whitened
 from headwater.core.index.writing import clean, write_table
@@ -106,7 +106,10 @@ class LiveIndex:
         )
         self.index: GradientIndex | None = None
         self.skipped: list[str] = []
-        self._watch = None if outliers is None else Watch(outliers)
+        options = outliers or Outliers()
+        self._watch = None if outliers is None else Watch(options)
+        plain = not isinstance(self.space, LoGraSpace)
+        self._self_influence = SelfInfluence(None if plain else self.space.widths, options.window)
         self._number = {name: i for i, name in enumerate(fit.train.ids)}
         self._norms = [m for m in fit.model.modules() if isinstance(m, _BatchNorm)]
         self._start = self._step = start
@@ -140,7 +143,7 @@ class LiveIndex:
         self,
         examples: Sequence[str] | Sequence[int] | Tensor,
         *,
-        normalizer: float | Float[Tensor, " batch"] | None = None,
+        normalizer: float | int | Tensor | None = None,
     ) -> Iterator["Step"]:
         """Around one forward and one backward pass over some examples.
 
@@ -170,7 +173,7 @@ class LiveIndex:
         rows = torch.cat([found[name] for name in self.listener.layers], dim=1)
         weights = step.weights(rows)
         step.rows = rows / weights[:, None]
-        self._take(numbers, step.rows, weights != 0)
+        self._take(numbers, step, weights != 0)
         if self.optimizer is None:
             self._step += 1
 
@@ -187,22 +190,35 @@ class LiveIndex:
             raise ValueError("A step has one example or more; got none.")
         return found
 
-    def _take(self, numbers: list[int], rows: Tensor, weighed: Tensor) -> None:
+    def _take(self, numbers: list[int], step: "Step", weighed: Tensor) -> None:
         """Rows of a batch, into memory; those that say nothing are left out."""
-        ids = self.fit.train.ids
-        good = (weighed & rows.isfinite().all(1)).cpu()
-        if not bool(good.all()):
-            self._skip([ids[numbers[i]] for i in (~good).nonzero().flatten().tolist()])
-            numbers = [n for n, ok in zip(numbers, good.tolist(), strict=True) if ok]
-            rows = rows[good.to(rows.device)]
-        if not numbers:
+        ids, rows = self.fit.train.ids, step.rows.cpu()
+        good = weighed.cpu() & rows.isfinite().all(1)
+        chosen = [n for n, ok in zip(numbers, good.tolist(), strict=True) if ok]
+        if len(chosen) < len(numbers):
+            left = [n for n, ok in zip(numbers, good.tolist(), strict=True) if not ok]
+            self._skip([ids[n] for n in left])
+        if not chosen:
             return
-        rows = rows.float().cpu()
+        rows = rows.float()[good]
         if self._watch is not None:
-            self._watch.update([ids[n] for n in numbers], self._step, rows)
-        self._waiting.add(numbers, self._step, self._journal.encoding.encode(rows))
+            losses = None if step.losses is None else step.losses.cpu()[good]
+            self._look(chosen, rows, losses)
+        self._waiting.add(chosen, self._step, self._journal.encoding.encode(rows))
         if self._waiting.nbytes >= _SEGMENT_BYTES:
             self._seal()
+
+    def _look(self, numbers: list[int], rows: Tensor, losses: Tensor | None) -> None:
+        """Warn of what stands out: by the losses where they are told, else by the rows."""
+        train = self.fit.train
+        if losses is None:
+            measure, values = "self-influence", self._self_influence(rows)
+        else:
+            measure, lengths = "loss", train.lengths
+            ones = [1] * len(numbers) if lengths is None else [lengths[n] for n in numbers]
+            values = losses.double() / torch.tensor(ones)
+        if self._watch is not None:
+            self._watch.update([train.ids[n] for n in numbers], self._step, measure, values)
 
     def _skip(self, ids: list[str]) -> None:
         if not self.skipped:
@@ -271,9 +287,7 @@ class LiveIndex:
             "dtype": (old.dtype, new.dtype),
             "keep": (old.facts["live"]["keep"], self.keep),
         }
-        if differ := [
-            f"{k} ({short(a)} and {short(b)})" for k, (a, b) in pairs.items() if a != b
-        ]:
+        if differ := [f"{k} ({short(a)} and {short(b)})" for k, (a, b) in pairs.items() if a != b]:
             raise ArtifactMismatch(
                 f"The live index in {self.folder} and what is asked for now differ in {', '.join(differ)}; choose "
                 "another folder."
@@ -350,7 +364,9 @@ class LiveIndex:
         journal = self._journal
         pending = journal.pending
         if pending is None or not any(s.n_live for s in pending.shards):
-            raise ValueError("No row was written; put forward and backward passes into `step` blocks.")
+            raise ValueError(
+                "No row was written; put forward and backward passes into `step` blocks."
+            )
         made_from = journal.made_from | {"model": fingerprint_model(self.fit.model)}
         shards = _merged(self.folder, journal, pending, last=self.keep != "first")
         journal = replace(
@@ -375,16 +391,18 @@ class Step:
 
     Attributes:
         rows: (batch, dim) gradients of the examples' own losses, projected, once the block has ended.
+        losses: The examples' own losses, where they were told.
     """
 
     rows: Tensor
+    losses: Tensor | None = None
 
-    def __init__(self, n: int, normalizer: float | Tensor | None):
+    def __init__(self, n: int, normalizer: float | int | Tensor | None):
         self.n, self.normalizer = n, normalizer
         self._followed: Tensor | None = None
 
     def follow(self, losses: Float[Tensor, " batch"]) -> None:
-        """Read off the backward pass what each example's own loss is multiplied by.
+        """Read off the backward pass what each example's own loss is multiplied by, and watch the losses.
 
         Args:
             losses: The losses of the examples, each summed over its tokens, of which the loss is then made by whatever
@@ -395,7 +413,7 @@ class Step:
                 f"Expected the losses of the {self.n} examples, of which the loss is made; got shape "
                 f"{tuple(losses.shape)}{'' if losses.requires_grad else ' without a gradient'}."
             )
-        self._followed = torch.zeros_like(losses)
+        self.losses, self._followed = losses.detach(), torch.zeros_like(losses)
 
         def receive(g: Tensor) -> None:
             self._followed = g.detach()
@@ -516,7 +534,5 @@ def _gathered(
 ) -> dict[str, Tensor]:
     """Rows at ascending positions over several shards, as they are stored."""
     owners = torch.searchsorted(starts, positions, right=True) - 1
-    parts = [
-        stored[i].stored(positions[owners == i] - starts[i]) for i in owners.unique().tolist()
-    ]
+    parts = [stored[i].stored(positions[owners == i] - starts[i]) for i in owners.unique().tolist()]
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
