@@ -120,6 +120,12 @@ class LiveIndex:
         """Examples that were warned of, in the order of their appearance."""
         return [] if self._watch is None else self._watch.found
 
+    @property
+    def flagged(self) -> float:
+        """Share of rows that stood out, of those that were compared with earlier ones."""
+        watch = self._watch
+        return 0.0 if watch is None else watch.flagged / max(watch.judged, 1)
+
     def __enter__(self) -> "LiveIndex":
         with ExitStack() as stack:
             stack.enter_context(FolderLock(self.folder))
@@ -144,6 +150,7 @@ class LiveIndex:
         examples: Sequence[str] | Sequence[int] | Tensor,
         *,
         normalizer: float | int | Tensor | None = None,
+        number: int | None = None,
     ) -> Iterator["Step"]:
         """Around one forward and one backward pass over some examples.
 
@@ -156,6 +163,8 @@ class LiveIndex:
             normalizer: What the examples' summed losses are divided by, for all or for each; their number when left
                 out, as for the mean over the batch. For the mean over the batch's tokens it is how many are scored,
                 under gradient scaling that divided by the scale.
+            number: Steps made before this one, in loops that count them; counted here when left out.
+            number: Steps made before this one, in loops that count them; counted here when left out.
 
         Raises:
             ValueError: An example is not of the fit's data, or a batch norm in training mode mixes examples.
@@ -167,6 +176,7 @@ class LiveIndex:
                 "A batch norm in training mode makes each example's gradient depend on the others of its batch, so that "
                 "there is no row of one example; put it into evaluation mode (module.eval()), or index after training."
             )
+        self._step = self._step if number is None else number
         step = Step(len(numbers), normalizer)
         with self.listener.listening(len(numbers)) as found:
             yield step
@@ -174,7 +184,7 @@ class LiveIndex:
         weights = step.weights(rows)
         step.rows = rows / weights[:, None]
         self._take(numbers, step, weights != 0)
-        if self.optimizer is None:
+        if self.optimizer is None and number is None:
             self._step += 1
 
     def _numbers(self, examples: Any) -> list[int]:
@@ -229,8 +239,13 @@ class LiveIndex:
             )
         self.skipped += ids
 
-    def save(self) -> None:
-        """Put all rows so far on the disk; do so before each checkpoint that training may go on from."""
+    def save(self, number: int | None = None) -> None:
+        """Put all rows so far on the disk; do so before each checkpoint that training may go on from.
+
+        Args:
+            number: Steps made so far, in loops that count them.
+        """
+        self._step = self._step if number is None else number
         self._seal()
 
     # Files
@@ -401,19 +416,23 @@ class Step:
         self.n, self.normalizer = n, normalizer
         self._followed: Tensor | None = None
 
-    def follow(self, losses: Float[Tensor, " batch"]) -> None:
-        """Read off the backward pass what each example's own loss is multiplied by, and watch the losses.
+    def follow(self, losses: Tensor, normalizer: float | int | Tensor = 1) -> None:
+        """Read off the backward pass what the examples' own losses are multiplied by; watch them, too.
 
         Args:
-            losses: The losses of the examples, each summed over its tokens, of which the loss is then made by whatever
-                mean, scaling and weighting.
+            losses: The losses of the examples (batch), each summed over its tokens, of which the loss is then made by
+                whatever mean, scaling and weighting; or one number, their sum over `normalizer`, whatever is done to it
+                afterwards.
+            normalizer: What they have been divided by already.
         """
-        if losses.shape != (self.n,) or not losses.requires_grad:
+        if losses.shape not in ((self.n,), ()) or not losses.requires_grad:
             raise ValueError(
-                f"Expected the losses of the {self.n} examples, of which the loss is made; got shape "
+                f"Expected the losses of the {self.n} examples, of which the loss is made, or one number; got shape "
                 f"{tuple(losses.shape)}{'' if losses.requires_grad else ' without a gradient'}."
             )
-        self.losses, self._followed = losses.detach(), torch.zeros_like(losses)
+        self.normalizer, self._followed = normalizer, torch.zeros_like(losses)
+        if losses.ndim:
+            self.losses = losses.detach() * normalizer
 
         def receive(g: Tensor) -> None:
             self._followed = g.detach()
@@ -422,10 +441,9 @@ class Step:
 
     def weights(self, like: Tensor) -> Float[Tensor, " batch"]:
         """What each example's own loss was multiplied by."""
-        if self._followed is not None:
-            return self._followed.to(like)
         n = self.n if self.normalizer is None else self.normalizer
-        return 1 / torch.as_tensor(n).to(like).expand(self.n)
+        factor = 1.0 if self._followed is None else self._followed.to(like)
+        return (factor / torch.as_tensor(n).to(like)).expand(self.n)
 
 
 class _Waiting:
