@@ -1,12 +1,11 @@
 """Training runs with a live index that can be killed: run as a program it forks one run after another.
 
-A line `folder calls after` on standard input forks a run that goes on from the checkpoint in that folder, if there is one.
+A line `folder calls after` on standard input forks a run that goes on from that folder's checkpoint, if it has one.
 It ends itself at its calls-th system call that writes (0: never), or is killed after so many seconds (0: never). The
 answer is how it ended.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import torch

@@ -60,8 +60,8 @@ class Listener(Capture):
         super().__init__(model, task, followed)
         if self._functional:
             raise ValueError(
-                f"The gradients of {', '.join(list(self._functional)[:3])} need a pass of their own for each example, so "
-                "they cannot be read off the training pass; leave them out with skip=[…] when you fit."
+                f"The gradients of {', '.join(list(self._functional)[:3])} need a pass of their own for each example, "
+                "so they cannot be read off the training pass; leave them out with skip=[…] when you fit."
             )
         self.projection = projection
         self._two_sided = projection if isinstance(projection, TwoSided) else None
@@ -190,7 +190,9 @@ class Listener(Capture):
         if use.kind == "embedding":
             return self._tokens(layer, module, x.reshape(n, -1))
         P = self._matrices(layer, x)
-        last = self._last  # layers that read the same tensor one after the other share its projection
+        last = (
+            self._last
+        )  # layers that read the same tensor one after the other share its projection
         if last is None or last[0] is not x or last[1] is not P.in_ or last[2] != P.bias:
             read = P.read(x.detach().reshape(n, -1, x.shape[-1]))
             last = self._last = x, P.in_, P.bias, read

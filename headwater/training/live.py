@@ -19,8 +19,8 @@ from headwater.training.record import FollowedDataset, Order
 
 _CLOSE, _CLOSE_16 = 1e-3, 2e-2  # relative differences that rounding may make in 32 and in 16 bits
 _OTHER = (
-    ". Label smoothing, auxiliary losses and losses of your own are not followed; train without them, fit with a task of "
-    "that loss, or write a loop of your own with LiveIndex."
+    ". Label smoothing, auxiliary losses and losses of your own are not followed; train without them, fit with a task "
+    "of that loss, or write a loop of your own with LiveIndex."
 )
 
 
@@ -35,8 +35,8 @@ def index_trainer(
 ) -> Any:
     """Make a Trainer of `transformers` write a live index in its next run; needs the extra `language`.
 
-    The index is in the folder when `trainer.train()` returns. A run that goes on with `resume_from_checkpoint` keeps the
-    rows of the steps before its checkpoint; rows reach the disk before each checkpoint does.
+    The index is in the folder when `trainer.train()` returns. A run that goes on with `resume_from_checkpoint` keeps
+    the rows of the steps before its checkpoint; rows reach the disk before each checkpoint does.
 
     Args:
         trainer: The Trainer, with a map-style dataset that it loads without worker processes.
@@ -176,6 +176,6 @@ def _require_mean(loss: Tensor, losses: Tensor, normalizer: float) -> None:
     close = _CLOSE if losses.dtype.itemsize > 2 else _CLOSE_16
     if math.isfinite(theirs) and not math.isclose(ours, theirs, rel_tol=close, abs_tol=1e-6):
         raise ValueError(
-            f"The Trainer's loss is {theirs:.6g}, but the examples' losses divided by {normalizer:g} are {ours:.6g}: rows "
-            f"would be of another loss than the task's{_OTHER}"
+            f"The Trainer's loss is {theirs:.6g}, but the examples' losses divided by {normalizer:g} are {ours:.6g}: "
+            f"rows would be of another loss than the task's{_OTHER}"
         )

@@ -16,7 +16,6 @@ FOLLOWED = {name: case for name, case in CASES.items() if name != "without gradi
 TASK = Classification()
 
 
-
 def listened(model, task, batch, projection, *, late=False, skip=(), scale=1.0):
     """Rows of each layer, and those of autograd."""
     followed = follow(model, task, batch, skip=skip)
@@ -58,9 +57,8 @@ def test_the_training_pass_keeps_its_gradients():
     plain = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     listener = Listener(model, task, follow(model, task, batch), TwoSided(2))
-    with listener.hooks():
-        with listener.listening(4):
-            task.loss(model, batch).mean().backward()
+    with listener.hooks(), listener.listening(4):
+        task.loss(model, batch).mean().backward()
     assert all(torch.equal(p.grad, plain[n]) for n, p in model.named_parameters())
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -89,29 +87,37 @@ def test_parameters_without_a_module_are_refused_by_name():
 def test_a_pass_without_backward_is_refused():
     model, batch = mlp(), numbers(5)
     listener = Listener(model, TASK, follow(model, TASK, batch), TwoSided(2))
-    with listener.hooks(), pytest.raises(LayerError, match="No gradient came"):
-        with listener.listening(4):
-            TASK.loss(model, batch)
-    with listener.hooks(), pytest.raises(LayerError, match="did not run"):
-        with listener.listening(4):
-            pass
+    with (
+        listener.hooks(),
+        pytest.raises(LayerError, match="No gradient came"),
+        listener.listening(4),
+    ):
+        TASK.loss(model, batch)
+    with listener.hooks(), pytest.raises(LayerError, match="did not run"), listener.listening(4):
+        pass
 
 
 def test_two_passes_in_one_block_are_refused():
     model, batch = mlp(), numbers(5)
     listener = Listener(model, TASK, follow(model, TASK, batch), TwoSided(2))
-    with listener.hooks(), pytest.raises(LayerError, match="ran again after its gradient"):
-        with listener.listening(4):
-            for _ in range(2):
-                TASK.loss(model, batch).sum().backward()
+    with (
+        listener.hooks(),
+        pytest.raises(LayerError, match="ran again after its gradient"),
+        listener.listening(4),
+    ):
+        for _ in range(2):
+            TASK.loss(model, batch).sum().backward()
 
 
 def test_another_number_of_examples_is_refused():
     model, batch = mlp(), numbers(5)
     listener = Listener(model, TASK, follow(model, TASK, batch), TwoSided(2))
-    with listener.hooks(), pytest.raises(LayerError, match=r"reads \(4, 5\).* 3 examples"):
-        with listener.listening(3):
-            TASK.loss(model, batch).sum().backward()
+    with (
+        listener.hooks(),
+        pytest.raises(LayerError, match=r"reads \(4, 5\).* 3 examples"),
+        listener.listening(3),
+    ):
+        TASK.loss(model, batch).sum().backward()
 
 
 def checkpointed(reentrant):
@@ -136,6 +142,9 @@ def test_recomputed_activations_are_not_counted_twice():
 def test_reentrant_checkpointing_is_refused():
     model, batch = checkpointed(True), numbers(5)
     listener = Listener(model, TASK, follow(model, TASK, batch), TwoSided(2))
-    with listener.hooks(), pytest.raises(LayerError, match="use_reentrant=False"):
-        with listener.listening(4):
-            TASK.loss(model, batch).sum().backward()
+    with (
+        listener.hooks(),
+        pytest.raises(LayerError, match="use_reentrant=False"),
+        listener.listening(4),
+    ):
+        TASK.loss(model, batch).sum().backward()

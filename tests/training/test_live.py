@@ -45,7 +45,9 @@ def arranged(folder, **options):
     """A Trainer, and a fit of its model."""
     model, data = llama(layers=1).double(), Texts()
     names = [f"t{i}" for i in range(N)]
-    examples = DatasetExamples(data, collate=collate, ids=names, lengths=[len(r) for r in data.rows])
+    examples = DatasetExamples(
+        data, collate=collate, ids=names, lengths=[len(r) for r in data.rows]
+    )
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         learning_rate=1e-2,
@@ -53,7 +55,8 @@ def arranged(folder, **options):
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **{"per_device_train_batch_size": 2, "save_strategy": "no", "num_train_epochs": 1} | options,
+        **{"per_device_train_batch_size": 2, "save_strategy": "no", "num_train_epochs": 1}
+        | options,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
     return trainer, fit(model, examples, CausalLM(), curvature="identity")
@@ -91,7 +94,9 @@ def assert_true(fitted, index, at):
 @pytest.mark.parametrize("counts", [True, False])
 def test_rows_are_gradients_of_single_examples_at_their_step(tmp_path, accumulate, counts):
     trainer, fitted = arranged(tmp_path, gradient_accumulation_steps=accumulate)
-    trainer.model_accepts_loss_kwargs = counts  # whether tokens are counted over all passes of a step
+    trainer.model_accepts_loss_kwargs = (
+        counts  # whether tokens are counted over all passes of a step
+    )
     parameters = Parameters()
     trainer.add_callback(parameters)
     watcher = index_trainer(trainer, fitted, tmp_path / "index", kind=KIND, dtype="float32")

@@ -13,4 +13,14 @@ from headwater.core.index.live import LiveIndex
 from headwater.core.index.outliers import Outlier, Outliers
 from headwater.core.index.spaces import LoGra, Whitened
 
-__all__ = ["Approximate", "Asked", "Damage", "GradientIndex", "LiveIndex", "LoGra", "Outlier", "Outliers", "Whitened"]
+__all__ = [
+    "Approximate",
+    "Asked",
+    "Damage",
+    "GradientIndex",
+    "LiveIndex",
+    "LoGra",
+    "Outlier",
+    "Outliers",
+    "Whitened",
+]

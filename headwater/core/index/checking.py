@@ -164,9 +164,9 @@ def repair(
             known = source.data
             if source.training:
                 raise ArtifactError(
-                    f"{damage} was made while the model trained, at parameters that are gone, so it cannot be made again. "
-                    "Remove the damaged rows and compact the index (`headwater index remove … --compact`), or restore "
-                    "the file from a copy."
+                    f"{damage} was made while the model trained, at parameters that are gone, so it cannot be made "
+                    "again. Remove the damaged rows and compact the index (`headwater index remove … --compact`), or "
+                    "restore the file from a copy."
                 )
             if known != fingerprint:
                 raise ArtifactMismatch(

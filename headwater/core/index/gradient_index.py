@@ -395,8 +395,8 @@ def _begin(folder: Path, journal: Journal, source: Source) -> Journal:
     known = old.sources[0] if old.sources else old.pending.source if old.pending else None
     if known is not None and known.training:
         raise ArtifactMismatch(
-            f"The index in {folder} was written while the model trained, each row at the parameters of its step; choose "
-            "another folder for rows at the final ones."
+            f"The index in {folder} was written while the model trained, each row at the parameters of its step; "
+            "choose another folder for rows at the final ones."
         )
     _same_rows(folder, old, folder, journal, "what is asked for now")
     if known is None or known.data != source.data:

@@ -11,18 +11,18 @@ Around a loop of your own:
             optimizer.step()
             optimizer.zero_grad()
 
-No second pass is made: hooks read what the layers of `fit` see in your own forward and backward pass. For the Trainer of
-`transformers` there is `headwater.training.live.index_trainer`.
+No second pass is made: hooks read what the layers of `fit` see in your own forward and backward pass. For the Trainer
+of `transformers` there is `headwater.training.live.index_trainer`.
 
-**What a row is.** The gradient of the example's own loss, summed over its tokens, at the parameters of the step that saw
-it, under the dropout of that step. Rows of one index therefore belong to different parameters; the column `step` says
-which. Asked at the end, an index answers with the gradients that trained the model, not with those at the end.
+**What a row is.** The gradient of the example's own loss, summed over its tokens, at the parameters of the step that
+saw it, under the dropout of that step. Rows of one index therefore belong to different parameters; the column `step`
+says which. Asked at the end, an index answers with the gradients that trained the model, not with those at the end.
 """
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,27 @@ class LiveIndex:
 
     Raises:
         ArtifactMismatch: The folder holds another index, or not all rows before `start`.
-        ValueError: A layer's gradients cannot be read off a training pass.
+        ValueError: A layer's gradients cannot be read off a training pass, or the data has a column `step` already.
+
+    Example:
+        >>> import tempfile, headwater
+        >>> from headwater.core.task import Classification
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+        >>> fit = headwater.fit(model, (x, y), Classification(), curvature="identity")
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with LiveIndex(fit, folder, optimizer=sgd) as live:
+        ...         for some in torch.arange(8).split(4):
+        ...             with live.step(some) as step:
+        ...                 losses = fit.task.loss(model, (x[some], y[some]))
+        ...                 step.follow(losses)
+        ...                 losses.mean().backward()
+        ...             sgd.step()
+        ...             sgd.zero_grad()
+        ...     scores = live.index.attribute(live.fit, (x[:2], y[:2]), keep=3, where={"step": (1, 1)})
+        >>> scores.metadata["step"]
+        [1, 1, 1, 1]
     """
 
     def __init__(
@@ -95,8 +115,14 @@ class LiveIndex:
     ):
         if keep not in ("last", "first", "all"):
             raise ValueError(f"Expected keep 'last', 'first' or 'all'; got {keep!r}.")
+        if taken := {"step", "example"} & set(fit.train.metadata):
+            raise ValueError(
+                f"A live index has metadata columns of its own, 'step' and 'example'; the data has {min(taken)!r} "
+                "already. Give that another name."
+            )
         self.fit, self.folder, self.keep = fit, Path(folder), keep
-        self.optimizer, self.dtype = optimizer, dtype
+        self.optimizer = optimizer
+        self.dtype: Dtype = dtype
         self.space = _space(fit, kind or LoGra())
         self.listener = Listener(
             fit.model,
@@ -164,7 +190,6 @@ class LiveIndex:
                 out, as for the mean over the batch. For the mean over the batch's tokens it is how many are scored,
                 under gradient scaling that divided by the scale.
             number: Steps made before this one, in loops that count them; counted here when left out.
-            number: Steps made before this one, in loops that count them; counted here when left out.
 
         Raises:
             ValueError: An example is not of the fit's data, or a batch norm in training mode mixes examples.
@@ -173,8 +198,9 @@ class LiveIndex:
         numbers = self._numbers(examples)
         if any(m.training for m in self._norms):
             raise ValueError(
-                "A batch norm in training mode makes each example's gradient depend on the others of its batch, so that "
-                "there is no row of one example; put it into evaluation mode (module.eval()), or index after training."
+                "A batch norm in training mode makes each example's gradient depend on the others of its batch, so "
+                "that there is no row of one example; put it into evaluation mode (module.eval()), or index "
+                "after training."
             )
         self._step = self._step if number is None else number
         step = Step(len(numbers), normalizer)
@@ -193,8 +219,8 @@ class LiveIndex:
         for name, number in zip(told, found, strict=True):
             if not 0 <= number < len(self._number):
                 raise ValueError(
-                    f"Example {name!r} is not among the {len(self._number):,} of the fit's data; fit with the data that "
-                    "is trained on, or tell the ids of that."
+                    f"Example {name!r} is not among the {len(self._number):,} of the fit's data; fit with the data "
+                    "that is trained on, or tell the ids of that."
                 )
         if not found:
             raise ValueError("A step has one example or more; got none.")
@@ -233,8 +259,8 @@ class LiveIndex:
     def _skip(self, ids: list[str]) -> None:
         if not self.skipped:
             warnings.warn(
-                f"Rows of {len(ids)} examples ({ids[0]!r} first) at step {self._step} are not finite or have no weight in "
-                "the loss; such rows are left out (`skipped` lists them).",
+                f"Rows of {len(ids)} examples ({ids[0]!r} first) at step {self._step} are not finite or have no weight "
+                "in the loss; such rows are left out (`skipped` lists them).",
                 stacklevel=6,
             )
         self.skipped += ids
@@ -311,8 +337,8 @@ class LiveIndex:
         if self._start > saved or (finished and self._start != saved):
             made = "a finished live index" if finished else "rows"
             raise ArtifactMismatch(
-                f"{self.folder} holds {made} of the steps up to {saved}; training goes on behind step {self._start}, so "
-                "that rows would be missing or doubled. Call save() before each checkpoint of the training, pass "
+                f"{self.folder} holds {made} of the steps up to {saved}; training goes on behind step {self._start}, "
+                "so that rows would be missing or doubled. Call save() before each checkpoint of the training, pass "
                 "start= the steps that the checkpoint had made, or choose another folder."
             )
         pending = Pending(source=known.source, shards=self._before(known.shards))

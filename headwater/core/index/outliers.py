@@ -1,10 +1,10 @@
 r"""Examples that stand out from what recent rows show, told while a model trains.
 
-What is watched is each example's loss a position where the training loop tells it, else the row's self-influence
+What is watched is each example's loss a token where the training loop tells it, else the row's self-influence
 $p^\top F^{-1} p$ in the running second moment $F$ of rows: plain lengths of gradients say far less (measured in
-docs/benchmarks/gradient-index.md). Both spread over orders of magnitude and fall as training goes on, so their logarithm
-$x$ is compared with a window of recent ones, in two ways. With $m$ the window's median and $s$ the median distance of
-its upper half from it over $\Phi^{-1}(3/4)$, which a few outliers do not move, and $\alpha$ the rate:
+docs/benchmarks/gradient-index.md). Both spread over orders of magnitude and fall as training goes on, so their
+logarithm $x$ is compared with a window of recent ones, in two ways. With $m$ the window's median and $s$ the median
+distance of its upper half from it over $\Phi^{-1}(3/4)$, which a few outliers do not move, and $\alpha$ the rate:
 
 - $(x - m) / s > \Phi^{-1}(1 - \alpha / 2)$, which a normal upper half does at the rate $\alpha / 2$;
 - $x$ is among the largest $\alpha / 2$ of the window, which exchangeable rows are at that rate whatever they look like.
@@ -15,7 +15,7 @@ as many as the rate allows.
 
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp
 from statistics import NormalDist
@@ -72,8 +72,8 @@ class Outlier:
 
     def __str__(self) -> str:
         return (
-            f"Example {self.id!r} stands out at step {self.step}: its {self.measure} is {self.times:.3g} times the median "
-            "of recent examples; look at it."
+            f"Example {self.id!r} stands out at step {self.step}: its {self.measure} is {self.times:.3g} times the "
+            "median of recent examples; look at it."
         )
 
 
@@ -83,9 +83,9 @@ def far_out(
     """Which values are far above a window of others, by either test at half the rate.
 
     Example:
-        >>> far_out(torch.tensor([2.9, 3.3]), torch.linspace(-2, 2, 101), 0.01).tolist()
+        >>> far_out(torch.tensor([2.9, 3.3]), torch.linspace(-2, 2, 101), 0.05).tolist()
         [True, True]
-        >>> far_out(torch.tensor([1.5, 1.9]), torch.linspace(-2, 2, 101), 0.01).tolist()
+        >>> far_out(torch.tensor([1.5, 1.9]), torch.linspace(-2, 2, 101), 0.05).tolist()
         [False, False]
     """
     middle = window.median()
@@ -154,9 +154,7 @@ class Watch:
         self._recent: dict[str, deque[float]] = {}
         self._told: set[str] = set()
 
-    def update(
-        self, ids: Sequence[str], step: int, measure: str, values: Float[Tensor, " n"]
-    ) -> None:
+    def update(self, ids: list[str], step: int, measure: str, values: Float[Tensor, " n"]) -> None:
         """Judge a batch by those before it; values are positive."""
         logs = values.detach().cpu().double().clamp(min=1e-38).log()
         recent = self._recent.setdefault(measure, deque(maxlen=self.options.window))

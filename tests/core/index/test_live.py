@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from headwater.core.curvature import EKFAC
 from headwater.core.examples import DatasetExamples, TensorExamples
 from headwater.core.files import ArtifactError, ArtifactMismatch, FolderBusy
 from headwater.core.fit import fit
-from headwater.core.index import GradientIndex, LiveIndex, LoGra, Outliers, Whitened
+from headwater.core.index import GradientIndex, LiveIndex, LoGra, Whitened
 from headwater.core.task import CausalLM, Classification
 from headwater.models.gpt import GPT
 from tests import live_runs
@@ -146,7 +145,9 @@ def test_gradient_accumulation_makes_several_passes_a_step(tmp_path):
 
 
 @pytest.mark.parametrize("make", [classifier, language])
-@pytest.mark.parametrize("kind", [KIND, Whitened(rank=3, sides="random"), Whitened(sides="leading")])
+@pytest.mark.parametrize(
+    "kind", [KIND, Whitened(rank=3, sides="random"), Whitened(sides="leading")]
+)
 def test_without_learning_it_is_the_index_that_is_built_afterwards(tmp_path, make, kind):
     fitted, data = make()
     if isinstance(kind, Whitened):
@@ -157,14 +158,13 @@ def test_without_learning_it_is_the_index_that_is_built_afterwards(tmp_path, mak
                 losses = fitted.task.loss(fitted.model, data.batch(some.tolist()))
                 step.follow(losses)
                 losses.mean().backward()
-    built = GradientIndex.build(
-        fitted, tmp_path / "built", kind=kind, dtype="float32", sample=0
-    )
+    built = GradientIndex.build(fitted, tmp_path / "built", kind=kind, dtype="float32", sample=0)
     ours, theirs = (i.rows(i.positions_of(data.ids)) for i in (live.index, built))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     queries = data.subset(range(3))
     ours, theirs = (
-        i.attribute(f, queries, keep=len(data)) for i, f in ((live.index, live.fit), (built, fitted))
+        i.attribute(f, queries, keep=len(data))
+        for i, f in ((live.index, live.fit), (built, fitted))
     )
     order = [ours.train_ids.index(name) for name in theirs.train_ids]
     torch.testing.assert_close(ours.values[:, order], theirs.values, rtol=1e-4, atol=1e-6)
@@ -209,7 +209,9 @@ def test_answers_come_from_the_trained_model_and_can_be_filtered_by_step(tmp_pat
     live = trained(fitted, data, tmp_path)
     assert live.fit.made_from["model"] != before
     scores = live.index.attribute(live.fit, data.subset([0]), keep=N, where={"step": (5, 6)})
-    steps = dict(zip(data.ids, live.index.metadata(live.index.positions_of(data.ids))["step"]))
+    steps = dict(
+        zip(data.ids, live.index.metadata(live.index.positions_of(data.ids))["step"], strict=True)
+    )
     assert {steps[name] for name in scores.train_ids} == {5, 6}
     assert scores.facts["index"]["live"] == {"keep": "last", "begun": 0, "saved": 10}
     with pytest.raises(ArtifactMismatch, match="another model"):
@@ -225,7 +227,9 @@ def test_a_saved_fit_of_the_trained_model_asks_a_live_index(tmp_path):
     live.fit.save(tmp_path / "fit")
     again = load(tmp_path / "fit", live.fit.model, data, TASK)
     asked = GradientIndex(tmp_path / "index").attribute(again, data.subset([1]), keep=3)
-    assert torch.equal(asked.values, live.index.attribute(live.fit, data.subset([1]), keep=3).values)
+    assert torch.equal(
+        asked.values, live.index.attribute(live.fit, data.subset([1]), keep=3).values
+    )
 
 
 def test_more_data_can_be_added_and_rows_removed(tmp_path):
@@ -346,3 +350,114 @@ def test_fifty_killed_runs_and_every_write(runs, uninterrupted, tmp_path):
     tried = ended_at_every(runs, uninterrupted, tmp_path / "b", 1)
     print(f"{killed} kills and {tried} system calls, all with the same rows in the end")
     assert killed >= 50 and tried > 100
+
+
+# What is refused
+
+
+def test_what_cannot_be_followed_is_refused(tmp_path):
+    fitted, data = classifier()
+    with LiveIndex(fitted, tmp_path / "a", kind=KIND) as live:
+        with pytest.raises(ValueError, match="'nobody' is not among the 24"), live.step(["nobody"]):
+            pytest.fail("went on")
+        with pytest.raises(ValueError, match="one example or more"), live.step([]):
+            pytest.fail("went on")
+        with pytest.raises(LayerError, match="3 examples"), live.step([0, 1, 2]):
+            TASK.loss(fitted.model, data.batch([0, 1])).sum().backward()
+        said = r"losses of the 2 examples.*shape \(1,\)"
+        with pytest.raises(ValueError, match=said), live.step([0, 1]) as step:
+            step.follow(TASK.loss(fitted.model, data.batch([0, 1]))[:1])
+        with live.step([0, 1]):  # and goes on as if nothing had happened
+            TASK.loss(fitted.model, data.batch([0, 1])).mean().backward()
+    assert live.index.ids() == ["e0", "e1"]
+    with pytest.raises(ValueError, match="No row was written"), LiveIndex(fitted, tmp_path / "b"):
+        pass
+    with pytest.raises(ValueError, match="keep 'last', 'first' or 'all'"):
+        LiveIndex(fitted, tmp_path / "c", keep="best")
+    with pytest.raises(ValueError, match="choose sides='leading' or sides='random'"):
+        LiveIndex(
+            fit(fitted.model, data, TASK, curvature="ekfac"), tmp_path / "c", kind=Whitened(rank=2)
+        )
+
+
+def test_a_batch_norm_in_training_mode_is_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    _, data = classifier()
+    fitted = fit(model, data, TASK, curvature="identity")
+    with LiveIndex(fitted, tmp_path, kind=KIND) as live:
+        model.train()
+        with pytest.raises(ValueError, match=r"batch norm .*eval"), live.step([0, 1]):
+            pytest.fail("went on")
+        model[1].eval()
+        with live.step([0, 1]) as step:
+            TASK.loss(model, data.batch([0, 1])).mean().backward()
+    torch.testing.assert_close(step.rows, truth(fitted, live.space, data, torch.arange(2)))
+
+
+def test_folders_of_other_runs_are_refused(tmp_path):
+    fitted, data = classifier()
+    built = GradientIndex.build(fitted, tmp_path / "built", kind=KIND, sample=0)
+    with (
+        pytest.raises(ArtifactMismatch, match="holds another index"),
+        LiveIndex(fitted, built.folder),
+    ):
+        pytest.fail("went on")
+    live = trained(fitted, data, tmp_path / "live")
+    with pytest.raises(ArtifactMismatch, match="written while the model trained"):
+        GradientIndex.build(live.fit, tmp_path / "live", kind=KIND, sample=0)
+    for options, said in (
+        ({}, "a finished live index of the steps up to 10"),
+        ({"start": 12}, "Call save"),
+        ({"start": 10, "keep": "all"}, "differ in keep"),
+        ({"start": 10, "dtype": "float32"}, "differ in dtype"),
+        ({"start": 10, "kind": LoGra(rank=2)}, "differ in projection"),
+    ):
+        options = {"kind": KIND} | options
+        with (
+            pytest.raises(ArtifactMismatch, match=said),
+            LiveIndex(live.fit, live.folder, **options),
+        ):
+            pytest.fail("went on")
+    with LiveIndex(live.fit, tmp_path / "busy", kind=KIND) as first:
+        with pytest.raises(FolderBusy), LiveIndex(live.fit, tmp_path / "busy", kind=KIND):
+            pytest.fail("went on")
+        with first.step([0]):
+            TASK.loss(fitted.model, data.batch([0])).sum().backward()
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path):
+    fitted, data = classifier()
+    first = trained(fitted, data, tmp_path, epochs=1)
+    second = trained(first.fit, data, tmp_path, epochs=1, start=5)
+    steps = second.index.metadata(second.index.positions_of(data.ids))["step"]
+    assert sorted(set(steps)) == [5, 6, 7, 8, 9]
+    assert second.index.journal.facts["live"]["saved"] == 10
+
+
+def test_damaged_rows_cannot_be_made_again(tmp_path):
+    fitted, data = classifier()
+    live = trained(fitted, data, tmp_path)
+    file = tmp_path / live.index.journal.shards[0].rows_file
+    content = bytearray(file.read_bytes())
+    content[live.index.encoding.bytes_per_row * 3 + 400] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="at parameters that are gone"):
+        GradientIndex.repair(tmp_path, live.fit)
+
+
+def test_rows_that_are_not_finite_are_left_out(tmp_path):
+    fitted, data = classifier()
+    with LiveIndex(fitted, tmp_path, kind=KIND) as live:
+        with (
+            pytest.warns(UserWarning, match="'e1' first.* not finite"),
+            live.step([0, 1, 2]) as step,
+        ):
+            losses = TASK.loss(fitted.model, data.batch([0, 1, 2]))
+            step.follow(losses)
+            (losses * torch.tensor([1.0, torch.nan, 2.0])).sum().backward()
+        fitted.model.zero_grad()
+        with live.step([3, 4]) as step:
+            losses = TASK.loss(fitted.model, data.batch([3, 4]))
+            step.follow(losses)
+            (losses * torch.tensor([1.0, 0.0])).sum().backward()
+    assert live.index.ids() == ["e0", "e2", "e3"] and live.skipped == ["e1", "e4"]
