@@ -6,6 +6,7 @@ answer is how it ended.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def order() -> list[list[int]]:
     return [some.tolist() for epoch in epochs for some in epoch.split(BATCH)]
 
 
-def run(folder: Path, *, save: bool = True) -> LiveIndex:
+def run(folder: Path) -> LiveIndex:
     """Train from the folder's checkpoint on, or from the beginning."""
     model, examples, start = network(), data(), 0
     state = folder / "state.safetensors"
@@ -61,8 +62,7 @@ def run(folder: Path, *, save: bool = True) -> LiveIndex:
                 F.cross_entropy(model(x), y).backward()
             optimizer.step()
             if (number + 1) % EVERY == 0 or number + 1 == len(steps):
-                if save:
-                    index.save()
+                index.save()
                 step = torch.tensor(number + 1)
                 save_file(model.state_dict() | {"step": step}, state.with_suffix(".partial"))
                 os.replace(state.with_suffix(".partial"), state)
@@ -72,4 +72,6 @@ def run(folder: Path, *, save: bool = True) -> LiveIndex:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # what a dead process leaves needs no disk to have caught up
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder))  # whatever is imported on first use is, before the forks
     index_builds.serve(lambda folder, wait: run(Path(folder)))

@@ -341,7 +341,7 @@ def ended_at_every(runs, uninterrupted, tmp_path, step):
 
 
 def test_a_run_that_ends_at_any_write_goes_on(runs, uninterrupted, tmp_path):
-    assert ended_at_every(runs, uninterrupted, tmp_path, 211) >= 3
+    assert ended_at_every(runs, uninterrupted, tmp_path, 61) >= 3
 
 
 @pytest.mark.slow
@@ -372,8 +372,6 @@ def test_what_cannot_be_followed_is_refused(tmp_path):
     assert live.index.ids() == ["e0", "e1"]
     with pytest.raises(ValueError, match="No row was written"), LiveIndex(fitted, tmp_path / "b"):
         pass
-    with pytest.raises(ValueError, match="keep 'last', 'first' or 'all'"):
-        LiveIndex(fitted, tmp_path / "c", keep="best")
     with pytest.raises(ValueError, match="choose sides='leading' or sides='random'"):
         LiveIndex(
             fit(fitted.model, data, TASK, curvature="ekfac"), tmp_path / "c", kind=Whitened(rank=2)
