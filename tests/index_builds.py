@@ -73,9 +73,8 @@ def _end_at(calls: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
-def _serve() -> None:
-    torch.set_num_threads(1)
-    fitted = small_fit()
+def serve(work) -> None:
+    """Fork `work(folder, wait)` for each line; `wait` is whether it should take its time."""
     print("ready", flush=True)
     for line in sys.stdin:
         folder, calls, after = line.rsplit(maxsplit=2)
@@ -83,15 +82,24 @@ def _serve() -> None:
         if pid == 0:
             if int(calls):
                 _end_at(int(calls))
-            else:
-                fitted.train.wait = 0.01
-            build(fitted, folder)
+            work(folder, not int(calls))
             os._exit(0)
         if float(after):
             time.sleep(float(after))
             os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the number is its own
         _, status = os.waitpid(pid, 0)
         print(status, flush=True)
+
+
+def _serve() -> None:
+    torch.set_num_threads(1)
+    fitted = small_fit()
+
+    def work(folder, wait):
+        fitted.train.wait = 0.01 if wait else 0.0
+        build(fitted, folder)
+
+    serve(work)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 
 @dataclass
-class _Call:
+class Call:
     """One run of a module: what it read, and the gradient of what it returned."""
 
     use: Use
@@ -200,7 +200,7 @@ class _Tape:
 
     rows: int = 0
     recording: bool = False
-    calls: dict[str, list[_Call]] = field(default_factory=dict)
+    calls: dict[str, list[Call]] = field(default_factory=dict)
     waiting: Counter[str] = field(default_factory=Counter)
     roots: list[Tensor] = field(default_factory=list)
     shared: dict[tuple[str, int, bool], tuple[int, Tensor]] = field(default_factory=dict)
@@ -296,7 +296,7 @@ class Capture:
             if use.axis is None and output.shape[0] == 1:
                 x, output = (t.expand(tape.rows, *t.shape[1:]) for t in (x, output))
             number = len(calls)
-            calls.append(_Call(use, x, x._version, output.shape, output.dtype))
+            calls.append(Call(use, x, x._version, output.shape, output.dtype))
             if not torch.is_grad_enabled():
                 return None
             if not output.requires_grad:
@@ -369,7 +369,7 @@ class Capture:
         return values.detach()
 
     def _rows(
-        self, layer: Layer, calls: list[_Call], n: int, masks: dict[str, Any], batch: BatchInfo
+        self, layer: Layer, calls: list[Call], n: int, masks: dict[str, Any], batch: BatchInfo
     ) -> Rows:
         """Rows of all uses of a layer, their positions one after the other."""
         if not calls:
@@ -400,7 +400,7 @@ class Capture:
         return Rows(layer, a, g, batch, torch.cat(every, dim=1))
 
     def _part(
-        self, layer: Layer, call: _Call, n: int, masks: dict[str, Any]
+        self, layer: Layer, call: Call, n: int, masks: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(a, g) of one run of a module, and the mask of its real positions."""
         module, use, x, g = self._modules[call.use.module], call.use, call.x.detach(), call.g

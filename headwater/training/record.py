@@ -371,8 +371,8 @@ def record_trainer(
             "dataloader_num_workers=0 (now "
             f"{trainer.args.dataloader_num_workers})."
         )
-    order = _Order()
-    trainer.train_dataset = _Followed(trainer.train_dataset, order)
+    order = Order()
+    trainer.train_dataset = FollowedDataset(trainer.train_dataset, order)
     trainer.data_collator = order.collating(trainer.data_collator)
 
     class RecordCallback(transformers.TrainerCallback):
@@ -419,7 +419,7 @@ def record_trainer(
     trainer.add_callback(RecordCallback())
 
 
-class _Order:
+class Order:
     """Which examples are loaded, and how they fall into batches."""
 
     def __init__(self):
@@ -442,10 +442,10 @@ class _Order:
         return self.batches.popleft()
 
 
-class _Followed(Dataset):
+class FollowedDataset(Dataset):
     """A dataset that notes which of its examples are loaded."""
 
-    def __init__(self, dataset: Any, order: _Order):
+    def __init__(self, dataset: Any, order: Order):
         self.dataset, self.order = dataset, order
 
     def __len__(self) -> int:

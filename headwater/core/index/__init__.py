@@ -9,6 +9,18 @@ from headwater.core.index.answers import Asked
 from headwater.core.index.approximate import Approximate
 from headwater.core.index.checking import Damage
 from headwater.core.index.gradient_index import GradientIndex
+from headwater.core.index.live import LiveIndex
+from headwater.core.index.outliers import Outlier, Outliers
 from headwater.core.index.spaces import LoGra, Whitened
 
-__all__ = ["Approximate", "Asked", "Damage", "GradientIndex", "LoGra", "Whitened"]
+__all__ = [
+    "Approximate",
+    "Asked",
+    "Damage",
+    "GradientIndex",
+    "LiveIndex",
+    "LoGra",
+    "Outlier",
+    "Outliers",
+    "Whitened",
+]

@@ -165,9 +165,16 @@ def repair(
         ArtifactMismatch: All that is damaged was made from other data.
     """
     journal = Journal.read(folder)
-    whose = {s.number: journal.sources[s.source].data for s in journal.shards}
+    sources = {s.number: journal.sources[s.source] for s in journal.shards}
+    whose = {number: source.data for number, source in sources.items()}
     fingerprint, damages, others = data.fingerprint(), [], []
     for damage in verify(folder, progress):
+        if damage.shard is not None and sources[damage.shard].training:
+            raise ArtifactError(
+                f"{damage} was made while the model trained, at parameters that are gone, so it cannot be made "
+                "again. Remove the damaged rows and compact the index (`headwater index remove … --compact`), or "
+                "restore the file from a copy."
+            )
         own = damage.shard is None or whose[damage.shard] == fingerprint
         (damages if own else others).append(damage)
     if {d.shard for d in others} & set((journal.metric or {}).get("shards", ())):

@@ -433,8 +433,13 @@ def _begin(folder: Path, journal: Journal, source: Source) -> Journal:
         journal.write(folder)
         clean(folder, journal)
         return journal
-    _same_rows(folder, old, folder, journal, "what is asked for now")
     known = old.sources[0] if old.sources else old.pending.source if old.pending else None
+    if known is not None and known.training:
+        raise ArtifactMismatch(
+            f"The index in {folder} was written while the model trained, each row at the parameters of its step; "
+            "choose another folder for rows at the final ones."
+        )
+    _same_rows(folder, old, folder, journal, "what is asked for now")
     if known is None or known.data != source.data:
         raise ArtifactMismatch(
             f"The index in {folder} was made from other data (saved {short(known.data) if known else 'nothing'}…, "
@@ -450,7 +455,7 @@ def _pending(folder: Path, journal: Journal, source: Source) -> Journal:
         journal = replace(journal, pending=Pending(source=source))
         journal.write(folder)
         clean(folder, journal)
-    elif journal.pending.source.data != source.data:
+    elif (journal.pending.source.data, journal.pending.source.training) != (source.data, False):
         raise ArtifactMismatch(
             f"The index in {folder} has an unfinished addition of other data "
             f"({short(journal.pending.source.data)}…); add those first, or give them up with drop_pending()."

@@ -41,6 +41,7 @@ class Source:
         batch_tokens: Most positions in a batch.
         block_rows: Least rows of a block, which has a checksum of its own.
         shard_rows: Least rows of a shard.
+        training: Whether its rows were made in the passes of a training run, which cannot be made again.
     """
 
     data: str
@@ -49,6 +50,7 @@ class Source:
     batch_tokens: int
     block_rows: int
     shard_rows: int
+    training: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
