@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+import headwater
 from headwater.core.examples import Examples
 from headwater.core.fit import Fit
 from headwater.core.scores import Scores
-from headwater.trace import LESS, TRAK, Arnoldi, LiSSA, Source
+from headwater.trace import LESS, TRAK, Arnoldi, LiSSA, Newton, Source
 from headwater.trace.base import Attributor
 from tests.curvature_cases import loss_gradients
 
@@ -33,6 +34,9 @@ def run(method: Attributor, fit: Fit, queries: Examples, **options: Any) -> Scor
         method = Arnoldi(steps=12, rank=5)
     if method == Source():  # the shortest run has two steps
         method = Source(segments=2)
+    if isinstance(method, Newton):  # needs the rows of the Gauss–Newton root
+        known = {k: fit.facts[k] for k in ("weight_decay",) if fit.facts.get(k) is not None}
+        fit = headwater.fit(fit.model, fit.train, fit.task, curvature="dual", **known)
     if isinstance(method, LESS):
         options = {"moments": [moments_like(fit, 0.01)]} | options
     return method.attribute(fit, queries, **options)  # type: ignore[call-arg]

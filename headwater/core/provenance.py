@@ -60,6 +60,12 @@ PAPERS: dict[str, str] = {
   journal={arXiv preprint arXiv:2504.16430},
   year={2025}
 }""",
+    "arXiv:2205.15466": """@inproceedings{wang2023banzhaf,
+  title={Data {Banzhaf}: A Robust Data Valuation Framework for Machine Learning},
+  author={Wang, Jiachen T. and Jia, Ruoxi},
+  booktitle={International Conference on Artificial Intelligence and Statistics},
+  year={2023}
+}""",
     "arXiv:2303.14186": """@inproceedings{park2023trak,
   title={{TRAK}: Attributing Model Behavior at Scale},
   author={Park, Sung Min and Georgiev, Kristian and Ilyas, Andrew and Leclerc, Guillaume and Madry, Aleksander},
