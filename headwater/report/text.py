@@ -50,6 +50,8 @@ _FACTS = {
     "precision": "Products",
     "n_train": "Training examples",
     "n_heldout": "Held-out examples",
+    "index": "Index",
+    "scanned": "Rows looked up",
     "cost": "Cost",
     "seconds": "Time",
     "peak_memory": "Peak memory",
@@ -291,9 +293,25 @@ def _fact(name: str, value: Any, others: dict[str, Any]) -> str:
         return _each(value, duration)
     if name == "peak_memory":
         return _each(value, size)
+    if name == "index":
+        return _index(value)
     if name == "precision":
         return "in the model's own precision" if value == "model" else f"in {quantity(value)}"
     return quantity(value)
+
+
+def _index(value: dict[str, Any]) -> str:
+    """What the rows of an index are, and how well they were found to rank.
+
+    Example:
+        >>> _index({"kind": "whitened", "dtype": "int8", "numbers_per_row": 1024, "error": None})
+        'whitened, 1,024 numbers of int8 an example'
+    """
+    told = f"{value['kind']}, {value['numbers_per_row']:,} numbers of {value['dtype']} an example"
+    if (error := value.get("error")) is not None:
+        whole = error["whole"]
+        told += f"; alone it finds {100 * whole['recall_10']:.0f} % of each top ten (Spearman {whole['spearman']:.3f})"
+    return told
 
 
 def _each(value: Any, form: Callable[[Any], str]) -> str:
