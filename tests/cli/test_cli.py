@@ -702,7 +702,7 @@ def test_an_index_record_that_is_none_is_one_clear_line(growing, capsys):
         assert "run.json does not name the files" in capsys.readouterr().err
     (growing / "run.json").write_text(json.dumps(record))
     (growing / "index-heldout" / "index.json").write_text("[1]")
-    assert ask(growing, "--index", "--name", "no") == 2
+    assert ask(growing, "--index", "--no-rescore", "--name", "no") == 2
     assert "index-heldout/index.json was not written" in capsys.readouterr().err
 
 

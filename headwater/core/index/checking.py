@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headwater.core.capture import Progress, sweep
 from headwater.core.examples import Examples
-from headwater.core.files import ArtifactMismatch, sync_folder
+from headwater.core.files import ArtifactError, ArtifactMismatch, sync_folder
 from headwater.core.fingerprint import short
 from headwater.core.fit import Fit
 from headwater.core.index.encoding import Encoding
