@@ -33,20 +33,29 @@ from workloads import Workload, wikipedia
 import headwater
 from headwater.core.capture import sweep
 from headwater.core.curvature import EKFAC, Layerwise
-from headwater.core.damping import mean_of
+from headwater.core.damping import Damping, mean_of
 from headwater.core.fit import Fit
 from headwater.core.index import Approximate, GradientIndex, LoGra, Whitened
 from headwater.core.index.encoding import Dtype, Encoding
 from headwater.core.index.gradient_index import SHARD_BYTES
 from headwater.core.index.journal import Journal, ShardFacts, Source
+from headwater.core.index.metric import ProjectedMetric
 from headwater.core.index.quality import take_sample
 from headwater.core.index.search import scan
 from headwater.core.index.shards import ShardWriter
-from headwater.core.index.spaces import WhitenedSpace, best_rectangle, effective, heaviest
+from headwater.core.index.spaces import (
+    LoGraSpace,
+    Space,
+    WhitenedSpace,
+    best_rectangle,
+    effective,
+    heaviest,
+)
 from headwater.core.index.stored import StoredRows
-from headwater.core.index.writing import write_table
+from headwater.core.index.writing import SpaceRows, write_table
 from headwater.core.scoring import Norms
 from headwater.core.target import Loss
+from headwater.numerics import spectral
 from headwater.trace import Influence
 
 RUNS = Path(__file__).parents[1] / "runs" / "bench"
@@ -377,28 +386,45 @@ def within(weight: Tensor, side: int) -> Tensor:
 
 
 def outliers(folder: Path, n_train: int = 1_024, share: float = 0.01) -> dict[str, Any]:
-    """How often the strongest hits are examples of the largest gradients, by plain influence and by RelatIF."""
+    """How often the strongest hits are examples of the largest gradients, by plain influence and by RelatIF.
+
+    One pass over the data makes the rows of both kinds and the lengths of whole gradients.
+    """
     _, fit = small_gpt(folder)
     more = wikipedia(folder, n_train=n_train)
-    norms, found = Norms(n_train), {}
-    sweep(fit.capture(), more.train, [norms], Loss(), batches=fit.batches(more.train))
-    largest = norms.finish().topk(round(share * n_train)).indices
-    names = {more.train.ids[i] for i in largest.tolist()}
-    kinds = {"whitened": Whitened(sides="leading"), "LoGra, random 16 x 16": LoGra()}
-    for kind, options in kinds.items():
-        place = folder / "work-gpt" / "outliers"
-        shutil.rmtree(place, ignore_errors=True)
-        index = GradientIndex.build(fit, place, kind=options, examples=more.train, sample=0)
-        asked = index.ask(fit, more.queries)
-        for mode in ("dot", "relatif", "cosine"):
-            scores = index.search(asked, keep=10, mode=mode)
-            large = torch.tensor([i in names for i in scores.train_ids])
-            hits = large[scores.values.topk(10, largest=False).indices]  # most lowering first
-            found[f"{kind}, {mode}"] = {
-                "first": float(hits[:, 0].double().mean()), "first_ten": float(hits.double().mean()),
-                "queries": len(hits), "different_first": len(set(scores.values.argmin(1).tolist())),
+    spaces: dict[str, Space] = {
+        "whitened, leading 16²": Whitened(sides="leading").spaces(fit)[0],
+        "LoGra, random 16 x 16": LoGra().spaces(fit)[0],
+    }
+    found: dict[str, Any] = {}
+    norms, rows = Norms(n_train), [SpaceRows(s, n_train) for s in spaces.values()]
+    asked = [SpaceRows(s, len(more.queries)) for s in spaces.values()]
+    for data, gathered in ((more.train, [norms, *rows]), (more.queries, asked)):
+        sweep(fit.capture(), data, gathered, Loss(), batches=fit.batches(data))
+    large = torch.zeros(n_train, dtype=torch.bool)
+    large[norms.finish().topk(round(share * n_train)).indices] = True
+    for (name, space), mine, theirs in zip(spaces.items(), rows, asked, strict=True):
+        train, queries = mine.finish(), theirs.finish()
+        ready = train
+        if isinstance(space, LoGraSpace):
+            ready = second_moment(space, train)(train)
+        products = queries @ ready.mT
+        lengths = (train * ready).sum(1).sqrt()
+        for mode, scores in (("dot", products), ("relatif", products / lengths)):
+            hits = large[scores.topk(10).indices]
+            found[f"{name}: {mode}"] = {
+                "first": float(hits[:, 0].double().mean()), "ten": float(hits.double().mean()),
+                "different_first": len(scores.argmax(1).unique()), "queries": len(queries),
             }  # fmt: skip
     return found
+
+
+def second_moment(space: LoGraSpace, rows: Tensor) -> ProjectedMetric:
+    """The damped inverse of the rows' own second moment, as an index of them has it."""
+    parts = rows.double().split(list(space.widths.values()), dim=1)
+    moments = [part.mT @ part / len(rows) for part in parts]
+    spectra = {n: spectral.eigh(m) for n, m in zip(space.widths, moments, strict=True)}
+    return ProjectedMetric(space.widths, spectra, Damping(**space.facts["damping"]))
 
 
 def faiss(folder: Path, n: int = 100_000) -> dict[str, Any]:
