@@ -1,10 +1,11 @@
 """What an index costs and loses: build, scan, questions, memory, and error against bytes.
 
-    python benchmarks/index.py build scan questions memory error
+    python benchmarks/index.py build scan questions memory error coordinates outliers
 
-All numbers come from one process and one thread unless --threads says more. Costs are CPU seconds in units of one plain
-forward and backward pass over the same data, as in benchmarks/cost.py, which trains the model and makes its fit
-(runs/bench/). Results go to runs/bench/index.json and docs/images/index-error.png.
+`peer` sets other libraries beside it and says which of them are not installed. All numbers come from one process and
+one thread unless --threads says more. Costs are CPU seconds in units of one plain forward and backward pass over the
+same data, as in benchmarks/cost.py, which trains the model and makes its fit (runs/bench/). Results go to
+runs/bench/index.json and docs/images/index-error.png.
 """
 
 import os
@@ -20,31 +21,48 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
+from torch import Tensor
 from workloads import Workload, wikipedia
 
 import headwater
-from headwater.core.curvature import EKFAC
+from headwater.core.capture import sweep
+from headwater.core.curvature import EKFAC, Layerwise
+from headwater.core.damping import Damping, mean_of
 from headwater.core.fit import Fit
 from headwater.core.index import Approximate, GradientIndex, LoGra, Whitened
-from headwater.core.index.encoding import Encoding
+from headwater.core.index.encoding import Dtype, Encoding
 from headwater.core.index.gradient_index import SHARD_BYTES
 from headwater.core.index.journal import Journal, ShardFacts, Source
+from headwater.core.index.metric import ProjectedMetric
 from headwater.core.index.quality import take_sample
 from headwater.core.index.search import scan
 from headwater.core.index.shards import ShardWriter
+from headwater.core.index.spaces import (
+    LoGraSpace,
+    Space,
+    WhitenedSpace,
+    best_rectangle,
+    effective,
+    heaviest,
+)
 from headwater.core.index.stored import StoredRows
-from headwater.core.index.writing import write_table
+from headwater.core.index.writing import SpaceRows, write_table
+from headwater.core.scoring import Norms
+from headwater.core.target import Loss
+from headwater.numerics import spectral
 from headwater.trace import Influence
 
 RUNS = Path(__file__).parents[1] / "runs" / "bench"
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "index-error.png"
 DIM = 4_096
 STEP = 512  # rows that are made at a time
+ANY = 1 << 30  # columns of a side
 
 
 def cpu(work: Callable[[], Any]) -> tuple[float, float]:
@@ -64,21 +82,71 @@ def small_gpt(folder: Path) -> tuple[Workload, Fit]:
     return workload, fit
 
 
+def in_passes(workload: Workload, works: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """What each piece of work costs in plain passes over the same sequences; each stands between two of them."""
+    found = {}
+    workload.plain_pass()
+    plain = [cpu(workload.plain_pass)[0]]
+    for name, work in works.items():
+        spent, _ = cpu(work)
+        plain.append(cpu(workload.plain_pass)[0])
+        found[name] = spent / ((plain[-1] + plain[-2]) / 2)
+        print(f"  {name}: {found[name]:.3f}", flush=True)
+    return found
+
+
+def built(fit: Fit, place: Path, kind: Whitened | LoGra, dtype: Dtype = "int8") -> GradientIndex:
+    """A new index of the fit's training data."""
+    shutil.rmtree(place, ignore_errors=True)
+    return GradientIndex.build(fit, place, kind=kind, dtype=dtype, sample=0)
+
+
 def build(folder: Path) -> dict[str, float]:
-    """Building, in plain passes over the same sequences; each build stands between two plain passes."""
+    """Building an index."""
     workload, fit = small_gpt(folder)
+    place = folder / "work-gpt" / "index"
     kinds = {
         "whitened, leading 16²": Whitened(sides="leading"),
         "LoGra, random 16 x 16": LoGra(),
     }
-    place, found = folder / "work-gpt" / "index", {}
-    workload.plain_pass()
-    plain = [cpu(workload.plain_pass)[0]]
-    for name, kind in kinds.items():
-        shutil.rmtree(place, ignore_errors=True)
-        spent, _ = cpu(lambda kind=kind: GradientIndex.build(fit, place, kind=kind, sample=0))
-        plain.append(cpu(workload.plain_pass)[0])
-        found[name] = spent / ((plain[-1] + plain[-2]) / 2)
+    return in_passes(workload, {n: partial(built, fit, place, kind) for n, kind in kinds.items()})
+
+
+def peer(folder: Path, n_queries: int = 20) -> dict[str, Any]:
+    """Building and asking, beside a peer's store of projected gradients and a peer that scans the data again."""
+    workload, fit = small_gpt(folder)
+    place, missing = folder / "work-gpt" / "index", []
+    queries = workload.queries.subset(range(n_queries))
+    works: dict[str, Callable[[], Any]] = {
+        "build: LoGra, random 16 x 16, float32": partial(built, fit, place, LoGra(), "float32"),
+    }
+    if find_spec("bergson") is None:
+        missing.append("bergson is not installed (pip install bergson): its store is left out")
+    else:
+        from peer_store import Bergson
+
+        store = Bergson(workload, folder / "work-gpt" / "store")
+        works["build: bergson, random 16 x 16, float32"] = store.build
+    works["build: whitened, leading 16², int8"] = lambda: built(
+        fit, place, Whitened(sides="leading")
+    )
+    works[f"{n_queries} questions by the index"] = lambda: GradientIndex(place).attribute(
+        fit, queries, keep=10
+    )
+    if find_spec("kronfluence") is None:
+        missing.append("kronfluence is not installed (pip install kronfluence): it is left out")
+    else:
+        from peers import Kronfluence
+
+        tool = Kronfluence(workload, "gpt", str(folder / "work-gpt" / "peer"))
+        if not (folder / "work-gpt" / "peer" / "peer" / "factors_ekfac").exists():
+            tool.covariance(), tool.eigen(), tool.eigenvalues()
+        works[f"{n_queries} questions by kronfluence"] = lambda: tool.scores(n_queries)
+    for line in missing:
+        print(f"peer: {line}", flush=True)
+    found: dict[str, Any] = {"left_out": missing} | in_passes(workload, works)
+    if find_spec("bergson") is not None:
+        found["bergson's rows"] = list(store.rows().shape)
     return found
 
 
@@ -162,9 +230,7 @@ def scanned(folder: Path, n: int = 100_000) -> dict[str, Any]:
 def questions(folder: Path) -> dict[str, float]:
     """Twenty queries by a pass over the data and by the index of the same data."""
     workload, fit = small_gpt(folder)
-    place = folder / "work-gpt" / "index"
-    shutil.rmtree(place, ignore_errors=True)
-    index = GradientIndex.build(fit, place, kind=Whitened(sides="leading"), sample=0)
+    index = built(fit, folder / "work-gpt" / "index", Whitened(sides="leading"))
     queries = workload.queries.subset(range(20))
     exact = cpu(lambda: Influence(n_intervals=0, precision="model").attribute(fit, queries))[0]
     asked = index.ask(fit, queries)
@@ -282,6 +348,85 @@ def plot(found: dict[str, Any]) -> None:
     figure.savefig(IMAGE, dpi=110)
 
 
+def coordinates(folder: Path) -> dict[str, Any]:
+    """Which coordinates to keep: as many for each example, chosen within squares of columns or anywhere."""
+    _, fit = small_gpt(folder)
+    layers, curvature = list(fit.followed), fit.curvature
+    assert isinstance(curvature, Layerwise)
+    number, found = 256 * len(layers), {}
+    for choice in ("auto", "0.1 relative"):
+        damping, weights = fit.damping(choice), {}
+        for layer in layers:
+            eigenvalues = curvature.eigenvalues[layer.name].reshape(layer.shape)
+            weights[layer.name] = effective(eigenvalues, damping.absolute(mean_of(eigenvalues)))
+        kept = {
+            f"the heaviest within {side} x {side}": heaviest(
+                {name: within(w, side) for name, w in weights.items()}, number, reach=ANY
+            )
+            for side in (16, 32, 64, 128)
+        }
+        kept["the heaviest in at most 64 columns of a side"] = heaviest(weights, number, reach=64)
+        kept["the heaviest anywhere"] = heaviest(weights, number, reach=ANY)
+        spaces = {name: WhitenedSpace(layers, curvature, damping, k) for name, k in kept.items()}
+        taken = take_sample(fit, list(spaces.values()), fit.train, damping, 200)
+        assert taken is not None
+        for i, (name, space) in enumerate(spaces.items()):
+            whole = taken.error(i, Encoding("float32", space.dim))["whole"]
+            found[f"{choice}: {name}"] = {"numbers": space.dim} | whole
+    return found
+
+
+def within(weight: Tensor, side: int) -> Tensor:
+    """Weights with all zero but those of the best square of columns."""
+    left = torch.zeros_like(weight)
+    for group, part in zip(weight, left, strict=True):
+        rows, columns = best_rectangle(group, side, side)
+        part[rows[:, None], columns] = group[rows[:, None], columns]
+    return left
+
+
+def outliers(folder: Path, n_train: int = 1_024, share: float = 0.01) -> dict[str, Any]:
+    """How often the strongest hits are examples of the largest gradients, by plain influence and by RelatIF.
+
+    One pass over the data makes the rows of both kinds and the lengths of whole gradients.
+    """
+    _, fit = small_gpt(folder)
+    more = wikipedia(folder, n_train=n_train)
+    spaces: dict[str, Space] = {
+        "whitened, leading 16²": Whitened(sides="leading").spaces(fit)[0],
+        "LoGra, random 16 x 16": LoGra().spaces(fit)[0],
+    }
+    found: dict[str, Any] = {}
+    norms, rows = Norms(n_train), [SpaceRows(s, n_train) for s in spaces.values()]
+    asked = [SpaceRows(s, len(more.queries)) for s in spaces.values()]
+    for data, gathered in ((more.train, [norms, *rows]), (more.queries, asked)):
+        sweep(fit.capture(), data, gathered, Loss(), batches=fit.batches(data))
+    large = torch.zeros(n_train, dtype=torch.bool)
+    large[norms.finish().topk(round(share * n_train)).indices] = True
+    for (name, space), mine, theirs in zip(spaces.items(), rows, asked, strict=True):
+        train, queries = mine.finish(), theirs.finish()
+        ready = train
+        if isinstance(space, LoGraSpace):
+            ready = second_moment(space, train)(train)
+        products = queries @ ready.mT
+        lengths = (train * ready).sum(1).sqrt()
+        for mode, scores in (("dot", products), ("relatif", products / lengths)):
+            hits = large[scores.topk(10).indices]
+            found[f"{name}: {mode}"] = {
+                "first": float(hits[:, 0].double().mean()), "ten": float(hits.double().mean()),
+                "different_first": len(scores.argmax(1).unique()), "queries": len(queries),
+            }  # fmt: skip
+    return found
+
+
+def second_moment(space: LoGraSpace, rows: Tensor) -> ProjectedMetric:
+    """The damped inverse of the rows' own second moment, as an index of them has it."""
+    parts = rows.double().split(list(space.widths.values()), dim=1)
+    moments = [part.mT @ part / len(rows) for part in parts]
+    spectra = {n: spectral.eigh(m) for n, m in zip(space.widths, moments, strict=True)}
+    return ProjectedMetric(space.widths, spectra, Damping(**space.facts["damping"]))
+
+
 def faiss(folder: Path, n: int = 100_000) -> dict[str, Any]:
     """Approximate search of random rows, the hardest case, and of clustered ones."""
     stored = synthetic(folder / "faiss", n // 10, "float16")
@@ -297,7 +442,7 @@ def faiss(folder: Path, n: int = 100_000) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Path], Any]] = {
     "build": build, "scan": scanned, "questions": questions, "memory": memory, "error": error,
-    "faiss": faiss,
+    "faiss": faiss, "coordinates": coordinates, "outliers": outliers, "peer": peer,
 }  # fmt: skip
 
 

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from headwater.bench.built import Built
 from headwater.bench.workload import Workload
 from headwater.core.curvature import EKFAC, KFAC, CurvatureMethod, Diagonal, Dual, Identity
+from headwater.core.index import LoGra, Whitened
 from headwater.trace import (
     BM25,
     LESS,
@@ -31,6 +33,7 @@ from headwater.trace.base import Attributor
 Needs = Literal["model", "checkpoints", "moments", "models", "trajectory", "trajectories"]
 
 DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RELATIVE = tuple(f"{x} relative" for x in (0.001, 0.01, 0.1, 1.0, 10.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,28 @@ def _damped(method: Influence | Newton, within: int = 9) -> tuple[Attributor, ..
         replace(method, damping=value)
         for value in DAMPINGS[max(0, middle - within) : middle + within + 1]
     )
+
+
+def _indexes(exact: EKFAC) -> list[Entry]:
+    """The index in its kinds, each built for the question."""
+    whitened = Built(kind=Whitened())
+    found = [
+        Entry(
+            name="index, whitened",
+            method=whitened,
+            curvature=exact,
+            choices=tuple(replace(whitened, kind=Whitened(damping=x)) for x in DAMPINGS),
+        )
+    ]
+    for name, kind, curvature in (
+        ("index, LoGra-PCA", LoGra(init="pca"), exact),
+        ("index, LoGra random", LoGra(), Identity()),
+    ):
+        choices = tuple(Built(kind=replace(kind, damping=x)) for x in RELATIVE)
+        found.append(
+            Entry(name=name, method=Built(kind=kind), curvature=curvature, choices=choices)
+        )
+    return found
 
 
 def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
@@ -111,6 +136,7 @@ def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
         )
     found += [
         Entry(name="EK-FAC", method=plain, curvature=exact, choices=_damped(plain)),
+        *_indexes(exact),
         Entry(name="EK-FAC", method=Ensemble(method=plain), curvature=exact, needs="models"),
         Entry(
             name="EK-FAC + CG",

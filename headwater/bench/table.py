@@ -76,7 +76,10 @@ def _knob(row: dict[str, Any]) -> str:
     damping, ratio = row.get("damping"), row.get("damping_ratio")
     told = row["knob"]
     if damping and not row["tuned"]:
-        told = f"damping {damping['value']:.2g} = {_short(damping['source'])}"
+        unit = " × mean" if damping.get("unit") == "relative" else ""
+        told = f"damping {damping['value']:.2g}{unit}"
+        if damping["source"] != "given":
+            told += f" = {_short(damping['source'])}"
     if ratio:
         told += f" ({ratio:.3g} × mean)"
     return f"{'tuned' if row['tuned'] else 'untuned'}: {told}"

@@ -28,7 +28,7 @@ from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from headwater.core.capture import Capture
@@ -132,7 +132,7 @@ class Kept:
     in_: Int[Tensor, "group k_in"] | None = None
     chosen: Int[Tensor, " number"] | None = None
 
-    def block(self, x: Float[Tensor, "group out in"]) -> Float[Tensor, " number"]:
+    def block(self, x: Shaped[Tensor, "group out in"]) -> Shaped[Tensor, " number"]:
         """The kept numbers of a layer's matrix."""
         block = _chosen(_chosen(x, self.out, -2), self.in_, -1).flatten()
         return block if self.chosen is None else block[self.chosen]
@@ -182,7 +182,7 @@ class WhitenedSpace(Space):
     ):
         super().__init__(layers)
         self.damping, self.kept = damping, dict(kept)
-        self._sides: dict[str, Sides] = {}
+        self._parts: dict[str, Parts] = {}
         self._scales: dict[str, Tensor] = {}
         used: dict[str, Tensor] = {}
         for layer in layers:
@@ -193,7 +193,7 @@ class WhitenedSpace(Space):
             block = mine.block(eigenvalues)
             used |= {f"{i}:{layer.name}": s for i, s in enumerate(sides) if s is not None}
             used[f"eigenvalues:{layer.name}"] = block
-            self._sides[layer.name] = sides
+            self._parts[layer.name] = _parts(layer, mine, curvature.bases[layer.name], sides)
             self._scales[layer.name] = (block.double() + rho).rsqrt().to(block)
         self._digest = fingerprint_tensors((k, v.contiguous()) for k, v in used.items())
 
@@ -209,12 +209,13 @@ class WhitenedSpace(Space):
         return facts | {"fingerprint": fingerprint_json([facts, self._digest])}
 
     def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
-        out, in_ = self._sides[layer.name]
-        scale, chosen = self._scales[layer.name], self.kept[layer.name].chosen
+        scale, parts = self._scales[layer.name], self._parts[layer.name]
         if not len(scale):
             return torch.zeros(len(block), 0, dtype=block.dtype, device=block.device)
-        rows = self._products(block, out, in_).flatten(1)
-        rows = rows if chosen is None else rows.index_select(1, chosen.to(rows.device))
+        found = [self._products(block, *sides).flatten(1) for sides in parts.sides]
+        rows = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        if parts.order is not None:
+            rows = rows.index_select(1, parts.order.to(rows.device))
         return rows.mul_(scale.to(rows))
 
     def _products(
@@ -228,11 +229,7 @@ class WhitenedSpace(Space):
         if not isinstance(block, Factored):
             return _read(_read(block, in_, 1).mT, out, 1).mT
         a, g, pos = block.a, block.g, block.pos
-        (d_in, k_in), (d_out, k_out) = _sizes(in_, a), _sizes(out, g)
-        by_in, by_out = d_in * k_in * (in_ is not None), d_out * k_out * (out is not None)
-        both = pos * (by_in + by_out + k_in * k_out)
-        in_first = pos * (by_in + d_out * k_in) + k_in * by_out
-        out_first = pos * (by_out + d_in * k_out) + k_out * by_in
+        both, in_first, out_first = _multiplications(pos, _sizes(out, g), _sizes(in_, a))
         if both <= min(in_first, out_first):
             return kronecker.gradient(_read(a, in_), _read(g, out)).movedim(-3, 0)
         if in_first <= out_first:
@@ -242,10 +239,128 @@ class WhitenedSpace(Space):
         return _read(half, in_).movedim(-3, 0)
 
 
-def _sizes(side: Tensor | None, x: Tensor) -> tuple[int, int]:
-    """Whole and kept size of a side."""
+def _sizes(side: Tensor | None, x: Tensor) -> tuple[int, int, int]:
+    """Whole and kept size of a side, and the multiplications that projecting one vector of it takes."""
     whole = x.shape[-1]
-    return whole, whole if side is None else side.shape[-1]
+    return (whole, whole, 0) if side is None else (whole, side.shape[-1], whole * side.shape[-1])
+
+
+def _multiplications(
+    pos: int, out: tuple[Any, Any, Any], in_: tuple[Any, Any, Any]
+) -> tuple[Any, Any, Any]:
+    """Multiplications of an example's projection: both sides before the sum over positions, or only one of them.
+
+    Args:
+        pos: Positions.
+        out: Whole and kept size of the output side, and the multiplications of one vector.
+        in_: The same of the input side.
+    """
+    (d_out, k_out, by_out), (d_in, k_in, by_in) = out, in_
+    both = pos * (by_in + by_out + k_in * k_out)
+    in_first = pos * (by_in + d_out * k_in) + k_in * by_out
+    out_first = pos * (by_out + d_in * k_out) + k_out * by_in
+    return both, in_first, out_first
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a layer's kept coordinates are made.
+
+    Attributes:
+        sides: Output and input side of each of some rectangles.
+        order: Where each coordinate lies among the rectangles' numbers, one rectangle after the other; None where
+            they are the coordinates.
+    """
+
+    sides: list[Sides]
+    order: Int[Tensor, " number"] | None
+
+
+def _parts(
+    layer: Layer, kept: Kept, bases: tuple[Tensor | None, Tensor | None], sides: Sides
+) -> Parts:
+    """The kept coordinates of a layer in rectangles that take few multiplications."""
+    if layer.shape[0] > 1 or kept.chosen is None or not len(kept.chosen):
+        return Parts([sides], kept.chosen)
+    _, d_out, d_in = layer.shape
+    Q_A, Q_G = bases
+    number = torch.arange(d_out * d_in).view(1, d_out, d_in)
+    mask = torch.zeros(d_out * d_in, dtype=torch.bool)
+    mask[kept.block(number)] = True
+    pieces = rectangles(mask.view(d_out, d_in))
+    if len(pieces) == 1:
+        return Parts([sides], kept.chosen)
+    place = torch.full((d_out * d_in,), -1)
+    found: list[Sides] = []
+    n = 0
+    for piece in pieces:
+        rows, columns = piece.any(1).nonzero().flatten(), piece.any(0).nonzero().flatten()
+        at = (rows[:, None] * d_in + columns).flatten()
+        mine = piece.flatten()[at]
+        place[at[mine]] = n + mine.nonzero().flatten()
+        n += len(at)
+        found.append((_some(Q_G, rows, d_out), _some(Q_A, columns, d_in)))
+    return Parts(found, place[place >= 0])
+
+
+def _some(basis: Tensor | None, columns: Tensor, whole: int) -> Tensor | None:
+    return _side(basis, None if len(columns) == whole else columns[None], 1)
+
+
+_POSITIONS = (
+    128  # of an example, where rectangles are compared: the same for all data, so that rows are too
+)
+_WORTH = 0.9  # of the multiplications that are left by a cut that is worth another product
+
+
+def rectangles(mask: Bool[Tensor, "out in"]) -> list[Bool[Tensor, "out in"]]:
+    """The chosen coordinates in parts, each of few rows or few columns where that saves multiplications.
+
+    Coordinates of the largest eigenvalues lie along both axes, as under a hyperbola: a few columns have nearly every
+    row and the others have a few. A rectangle around them all is mostly empty, so it is cut in two, again and again,
+    as long as the parts take clearly fewer multiplications.
+
+    Example:
+        >>> mask = torch.zeros(200, 200, dtype=torch.bool)
+        >>> mask[0] = mask[:, 0] = True
+        >>> [(int(part.any(1).sum()), int(part.any(0).sum())) for part in rectangles(mask)]
+        [(1, 200), (199, 1)]
+    """
+    best, axis, first = _best_cut(mask)
+    if best >= _WORTH * float(_cheapest(mask.shape, mask.any(1).sum(), mask.any(0).sum())):
+        return [mask]
+    lines = torch.zeros(mask.shape[axis], dtype=torch.bool)
+    lines[first] = True
+    here = mask & (lines[:, None] if axis == 0 else lines)
+    return [*rectangles(here), *rectangles(mask & ~here)]
+
+
+def _best_cut(mask: Tensor) -> tuple[float, int, Tensor]:
+    """Multiplications of the two parts of the best cut, its axis, and the rows or columns of the first part."""
+    found = (float("inf"), 0, torch.zeros(0, dtype=torch.int64))
+    for axis in (0, 1):
+        lines = mask if axis == 0 else mask.mT
+        order = lines.sum(1).argsort(descending=True, stable=True)[: int(lines.any(1).sum())]
+        if len(order) < 2:
+            continue
+        some = lines[order].int()
+        before = some.cummax(0).values.sum(1)[:-1]  # lines across that the first ones meet
+        after = some.flip(0).cummax(0).values.sum(1).flip(0)[1:]
+        n = torch.arange(1, len(order))
+        pairs = [(n, before), (len(order) - n, after)]
+        costs = [_cheapest(mask.shape, *(pair if axis == 0 else pair[::-1])) for pair in pairs]
+        total = costs[0] + costs[1]
+        at = int(total.argmin())
+        if float(total[at]) < found[0]:
+            found = float(total[at]), axis, order[: at + 1]
+    return found
+
+
+def _cheapest(shape: Sequence[int], k_out: Tensor, k_in: Tensor) -> Tensor:
+    """Multiplications of rectangles of so many rows and columns, in the best order."""
+    d_out, d_in = shape
+    ways = _multiplications(_POSITIONS, (d_out, k_out, d_out * k_out), (d_in, k_in, d_in * k_in))
+    return torch.stack(ways).amin(0)
 
 
 def _chosen(x: Tensor, columns: Tensor | None, axis: int) -> Tensor:

@@ -19,6 +19,7 @@ from headwater.core.index.spaces import (
     best_rectangle,
     heaviest,
     kept_share,
+    rectangles,
 )
 from headwater.core.target import Loss
 from headwater.trace import Influence
@@ -329,3 +330,39 @@ def test_every_order_of_contraction_gives_the_same_rows():
                 torch.randn(3, pos, layer.shape[1]).double(),
             )
             torch.testing.assert_close(space(layer, block), space(layer, block.dense()))
+
+
+def under_a_hyperbola(out: int, in_: int, height: float, seed: int) -> torch.Tensor:
+    """Chosen coordinates as eigenvalues give them: long along both axes, in a shuffled order."""
+    generator = torch.Generator().manual_seed(seed)
+    i, j = torch.randperm(out, generator=generator), torch.randperm(in_, generator=generator)
+    return (i[:, None] + 1) * (j + 1) <= height
+
+
+@pytest.mark.parametrize("height", [0, 1, 5, 30, 300, 2400])
+def test_rectangles_hold_every_chosen_coordinate_once(height):
+    mask = under_a_hyperbola(60, 40, height, seed=height)
+    parts = rectangles(mask)
+    assert torch.equal(sum(part.int() for part in parts), mask.int())
+    assert len(parts) > 1 or height in (0, 1, 2400)
+
+
+def test_coordinates_along_both_axes_are_those_of_the_whole_row_in_their_order():
+    fitted = shared("positions").fitted(EKFAC())
+    layers = list(fitted.followed)
+    kept, whole = {}, {layer.name: Kept() for layer in layers}
+    for layer in layers:
+        mask = torch.zeros(layer.shape[1:], dtype=torch.bool)
+        mask[1] = mask[:, 2] = True
+        assert len(rectangles(mask)) == 2
+        kept[layer.name] = Kept(chosen=mask.flatten().nonzero().flatten())
+    few, every = (
+        WhitenedSpace(layers, fitted.curvature, Damping(0.1), chosen) for chosen in (kept, whole)
+    )
+    for layer in layers:
+        for pos in (1, 4, 50):
+            a, g = (torch.randn(3, pos, d).double() for d in (layer.shape[2], layer.shape[1]))
+            block = Factored(a, g)
+            expected = every(layer, block)[:, kept[layer.name].chosen]
+            torch.testing.assert_close(few(layer, block), expected)
+            torch.testing.assert_close(few(layer, block.dense()), expected)
