@@ -2,6 +2,7 @@
 
     python benchmarks/cascade.py
     python benchmarks/cascade.py --followed blocks --tried 3    # a part: 300 candidates of index and words
+    python benchmarks/cascade.py --dampings auto --tried 3 5 --first 20 --no-exact-matrix    # other queries
 
 A GPT of 2 layers, d 64, trained for a few epochs on 4,000 beginnings of Wikipedia articles (64 words each); queries are
 20 other articles, asked one at a time. Exact scores of all 4,000 are the truth. Recall counts both sides: the ten that
@@ -46,6 +47,7 @@ TRIED = [
     ("index", 100),
     *(("index, words", n) for n in (30, 100, 300)),
     ("index, words, embeddings", 100),
+    ("index, words", 600),
 ]
 LAYERS = {"blocks": ["blocks.*"], "everything": "trainable"}
 
@@ -136,6 +138,7 @@ class Options:
     Args:
         n_train: Texts of the corpus.
         n_queries: Queries.
+        first: Queries that are passed over first, to ask others.
         followed: Layers that are followed.
         dampings: Dampings.
         tried: Which of the sources and numbers of candidates; results of others stay as they are.
@@ -148,6 +151,7 @@ class Options:
 
     n_train: int = 4_000
     n_queries: int = 20
+    first: int = 0
     followed: tuple[Literal["blocks", "everything"], ...] = ("blocks", "everything")
     dampings: tuple[str, ...] = ("auto", "0.1 relative")
     tried: tuple[int, ...] = tuple(range(len(TRIED)))
@@ -161,12 +165,15 @@ class Options:
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
-    data = wikipedia_texts(options.n_train, options.n_queries)
+    data = wikipedia_texts(options.n_train, options.first + options.n_queries)
+    queries = data.queries.subset(range(options.first, options.first + options.n_queries))
+    others = f" (queries from {options.first})" if options.first else ""
     place, file = options.folder / f"cascade-{options.n_train}", options.folder / "cascade.json"
     model = trained(options.folder, data.train)
     results = json.loads(file.read_text()) if file.exists() else {}
 
     def keep(name: str, result: dict[str, Any]) -> None:
+        name += others
         results[name] = result
         print(name, json.dumps(result), flush=True)
         file.write_text(json.dumps(results, indent=1))
@@ -179,13 +186,13 @@ def main(options: Options) -> None:
         for damping in options.dampings:
             name = f"{followed}, {damping}"
             exact = Influence(damping=damping, n_intervals=0, precision="model")
-            truth = exact.attribute(fit, data.queries).values
-            keep(f"{name}: all scored", one_by_one(exact, fit, data.queries.subset([0]), truth)[0])
+            truth = exact.attribute(fit, queries).values
+            keep(f"{name}: all scored", one_by_one(exact, fit, queries.subset([0]), truth)[0])
             index = GradientIndex.build(
                 fit, place / f"{name}, {options.rank}".replace(" ", "-"),
                 kind=Whitened(rank=options.rank, damping=damping, sides="leading"),
             )  # fmt: skip
-            lookup = one_by_one(Indexed(index=index, keep=TOP), fit, data.queries, truth)[0]
+            lookup = one_by_one(Indexed(index=index, keep=TOP), fit, queries, truth)[0]
             built = {"built": index.journal.facts["error"]["whole"]}
             keep(f"{name}: index alone", lookup | built | {"bytes": index.info()["bytes_per_row"]})
             for sources, n in (TRIED[i] for i in options.tried):
@@ -196,9 +203,9 @@ def main(options: Options) -> None:
                     keep=TOP,
                     sample=options.sample,
                 )
-                keep(f"{name}: {sources}, {n}", judged(method, fit, data.queries, truth))
+                keep(f"{name}: {sources}, {n}", judged(method, fit, queries, truth))
         if options.exact_matrix:
-            keep(f"{followed}: exact matrix", refined(fit, index, data.queries))
+            keep(f"{followed}: exact matrix", refined(fit, index, queries))
 
 
 if __name__ == "__main__":
