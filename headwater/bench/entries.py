@@ -160,15 +160,19 @@ def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
                 choices=_damped(Newton(share=1.0)),
             ),
             Entry(
-                name="Newton, halves", method=Newton(), curvature=dual, choices=_damped(Newton(), 1)
-            ),
-            Entry(
                 name="Newton, halves",
-                method=Ensemble(method=Newton()),
+                method=Newton(),
                 curvature=dual,
-                needs="models",
+                choices=_damped(Newton(), 1)
+                if workload.slow
+                else (),  # the fast workloads stay fast
             ),
         ]
+        if workload.slow:
+            several = Ensemble(method=Newton())
+            found.append(
+                Entry(name="Newton, halves", method=several, curvature=dual, needs="models")
+            )
     if workload.adaptive:
         found.append(Entry(name="LESS", method=LESS(rank=16), needs="moments"))
     else:
