@@ -1,12 +1,5 @@
-"""Builds that can be killed: run as a program it forks one build after another, so that each starts at once.
+"""Builds of an index that can be killed: run as a program it forks one after another."""
 
-A line `folder calls after` on standard input forks a build of the index in that folder, which ends itself at its
-calls-th system call that writes (0: never), and is killed after so many seconds (0: never). The answer is how it ended.
-"""
-
-import os
-import signal
-import sys
 import time
 
 import torch
@@ -17,9 +10,9 @@ from headwater.core.examples import TensorExamples
 from headwater.core.fit import Fit, fit
 from headwater.core.index import GradientIndex, Whitened
 from headwater.core.task import Classification
+from tests.forks import serve
 
 N, ROWS_A_SHARD = 700, 256
-WRITES = ("pwrite", "fsync", "replace", "ftruncate", "unlink", "open")
 
 
 class Slow(TensorExamples):
@@ -53,42 +46,6 @@ def build(fitted: Fit, folder, **options) -> GradientIndex:
         "sample": 30,
     } | options  # fmt: skip
     return GradientIndex.build(fitted, folder, **options)
-
-
-def _end_at(calls: int) -> None:
-    """End this process, as a kill would, at its calls-th system call that writes."""
-    left = calls
-
-    def counted(function):
-        def run(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os._exit(9)
-            return function(*args, **kwargs)
-
-        return run
-
-    for name in WRITES:
-        setattr(os, name, counted(getattr(os, name)))
-
-
-def serve(work) -> None:
-    """Fork `work(folder, wait)` for each line; `wait` is whether it should take its time."""
-    print("ready", flush=True)
-    for line in sys.stdin:
-        folder, calls, after = line.rsplit(maxsplit=2)
-        pid = os.fork()
-        if pid == 0:
-            if int(calls):
-                _end_at(int(calls))
-            work(folder, not int(calls))
-            os._exit(0)
-        if float(after):
-            time.sleep(float(after))
-            os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the number is its own
-        _, status = os.waitpid(pid, 0)
-        print(status, flush=True)
 
 
 def _serve() -> None:

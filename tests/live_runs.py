@@ -1,8 +1,6 @@
-"""Training runs with a live index that can be killed: run as a program it forks one run after another.
+"""Training runs with a live index that can be killed: run as a program it forks one after another.
 
-A line `folder calls after` on standard input forks a run that goes on from that folder's checkpoint, if it has one.
-It ends itself at its calls-th system call that writes (0: never), or is killed after so many seconds (0: never). The
-answer is how it ended.
+A run goes on from its folder's checkpoint, if it has one.
 """
 
 import os
@@ -18,7 +16,7 @@ from headwater.core.examples import TensorExamples
 from headwater.core.fit import fit
 from headwater.core.index import LiveIndex, LoGra, live
 from headwater.core.task import Classification
-from tests import index_builds
+from tests.forks import serve
 
 N, BATCH, EPOCHS, EVERY = 120, 8, 2, 7  # 30 steps, a checkpoint after every seventh
 
@@ -43,6 +41,7 @@ def order() -> list[list[int]]:
 
 def run(folder: Path) -> LiveIndex:
     """Train from the folder's checkpoint on, or from the beginning."""
+    folder.mkdir(parents=True, exist_ok=True)
     model, examples, start = network(), data(), 0
     state = folder / "state.safetensors"
     if state.exists():
@@ -74,4 +73,4 @@ if __name__ == "__main__":
     os.fsync = lambda descriptor: None  # what a dead process leaves needs no disk to have caught up
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder))  # whatever is imported on first use is, before the forks
-    index_builds.serve(lambda folder, wait: run(Path(folder)))
+    serve(lambda folder, wait: run(Path(folder)))

@@ -57,13 +57,10 @@ class Entry:
     choices: tuple[Attributor, ...] = ()
 
 
-def _damped(method: Influence | Newton, within: int = 9) -> tuple[Attributor, ...]:
-    """The method at every damping; with `within`, at so many on each side of the middle one that is usual here."""
-    middle = DAMPINGS.index(3e-3)
-    return tuple(
-        replace(method, damping=value)
-        for value in DAMPINGS[max(0, middle - within) : middle + within + 1]
-    )
+def _damped(
+    method: Influence | Newton, dampings: Sequence[float] = DAMPINGS
+) -> tuple[Attributor, ...]:
+    return tuple(replace(method, damping=value) for value in dampings)
 
 
 def _indexes(exact: EKFAC) -> list[Entry]:
@@ -163,7 +160,7 @@ def entries(workload: Workload) -> tuple[list[Entry], list[tuple[str, str]]]:
                 name="Newton, halves",
                 method=Newton(),
                 curvature=dual,
-                choices=_damped(Newton(), 1)
+                choices=_damped(Newton(), DAMPINGS[2:5])
                 if workload.slow
                 else (),  # the fast workloads stay fast
             ),

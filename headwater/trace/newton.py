@@ -23,24 +23,27 @@ $x^\top H_S^{-1} y = \frac1\rho \big(x^\top y - (V_S x)^\top A^{-1} (V_S y)\big)
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from headwater.core.capture import Progress
+from headwater.core.capture import Progress, sweep
 from headwater.core.cost import available_memory_bytes
 from headwater.core.curvature import DualCurvature, Preconditioned
 from headwater.core.damping import Damping
 from headwater.core.examples import as_examples
 from headwater.core.fit import Fit
+from headwater.core.gradients import Gradients
 from headwater.core.scores import Scores
+from headwater.core.scoring import PairScores
+from headwater.core.target import Loss
 from headwater.core.task import Measurement
 from headwater.numerics.ranks import spearman
 from headwater.trace.base import Attributor, to_scores
-from headwater.trace.influence import inner_products, query_gradients
+from headwater.trace.influence import query_gradients
 
 _AT_ONCE = 2048  # rows of the root that are solved for together
 
@@ -62,14 +65,6 @@ class Linearized:
     row_query: Float[Tensor, "row asked"]
     loss_query: Float[Tensor, "train asked"]
     owner: Int64[Tensor, " row"]
-
-    rows_of: Int64[Tensor, "train most"] = field(init=False)  # -1 where an example has fewer
-
-    def __post_init__(self):
-        counts = self.owner.bincount(minlength=self.row_loss.shape[1])
-        place = torch.arange(int(counts.max()))
-        found = (counts.cumsum(0) - counts)[:, None] + place
-        object.__setattr__(self, "rows_of", found.where(place < counts[:, None], -1))
 
 
 def subset_effects(
@@ -97,7 +92,7 @@ def subset_effects(
     solved_query = inverse @ model.row_query[inside]
     row_loss = model.row_loss[inside]
     effects = torch.empty_like(model.loss_query.mT)
-    for some, rows, member in _parts(model.rows_of, chosen):
+    for some, rows, member in _parts(model.owner, chosen):
         b, c = rows.shape
         towards = model.gram[rows.flatten()][:, inside]  # V_i V_Sᵀ
         if member:  # V_S V_Sᵀ = A - ρnI
@@ -125,15 +120,16 @@ def subset_effects(
     return effects
 
 
-def _parts(rows_of: Tensor, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+def _parts(owner: Tensor, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """Examples with as many rows each, those rows, and whether the examples are in the subset."""
-    counts = (rows_of >= 0).sum(1)
+    counts = owner.bincount(minlength=len(chosen))
+    first = counts.cumsum(0) - counts
     for count in counts.unique().tolist():
         for member in (True, False):
             some = ((counts == count) & (chosen == member)).nonzero().squeeze(1)
             for part in torch.split(some, max(1, _AT_ONCE // max(count, 1))):
                 if len(part):
-                    yield part, rows_of[part, :count], member
+                    yield part, first[part, None] + torch.arange(count), member
 
 
 def random_subsets(
@@ -204,14 +200,14 @@ class Newton(Attributor):
                 every example.
         """
         examples = as_examples(queries)
-        curvature, n_train = _rows(fit), len(fit.train)
+        curvature, n_train = _rows(fit)[0], len(fit.train)
         size = round(self.share * n_train)
         if not 0 < size < n_train and self.share != 1:
             raise ValueError(
                 f"A share of {self.share} of {n_train} examples is {size}; choose one that leaves some in and some out."
             )
         gradients = query_gradients(fit, examples, measurement, weights, progress)
-        model = linearized(fit, curvature, gradients, progress)
+        model = linearized(fit, gradients, progress)
         damping = fit.damping(self.damping)
         rho = damping.absolute(curvature.mean_eigenvalue)
         halves = [torch.zeros(len(gradients), n_train, dtype=torch.float64) for _ in range(2)]
@@ -241,8 +237,8 @@ class Newton(Attributor):
         )
 
 
-def _rows(fit: Fit) -> DualCurvature:
-    """The fit's curvature, if it has rows whose examples are known."""
+def _rows(fit: Fit) -> tuple[DualCurvature, Int64[Tensor, " row"]]:
+    """The fit's curvature, if it has rows whose examples are known, and those."""
     curvature, remedy = fit.curvature, "Fit with curvature='dual'."
     if not isinstance(curvature, DualCurvature):
         kind = fit.facts["options"]["curvature"]["kind"]
@@ -251,30 +247,29 @@ def _rows(fit: Fit) -> DualCurvature:
         )
     if curvature.owners is None or curvature.n_examples != len(fit.train):
         raise ValueError(f"The fit does not tell which example each of its rows is of. {remedy}")
-    return curvature
+    return curvature, curvature.owners
 
 
-def linearized(
-    fit: Fit, curvature: DualCurvature, queries: Any, progress: Progress | None = None
-) -> Linearized:
+def linearized(fit: Fit, queries: Gradients, progress: Progress | None = None) -> Linearized:
     """The inner products, by one sweep over the training data.
 
     Raises:
         MemoryError: They do not fit.
     """
-    n_rows, n_train, owner = len(curvature.rows), len(fit.train), curvature.owners
+    curvature, owner = _rows(fit)
+    n_rows, n_train = len(curvature.rows), len(fit.train)
     need, free = 8 * n_rows * (2 * n_rows + n_train), available_memory_bytes()
     if need > free:
         raise MemoryError(
             f"Newton's step over {n_rows:,} rows and {n_train:,} examples takes {need / 1e9:.1f} GB; {free / 1e9:.1f} "
             "GB are free. Raise `cut` of Dual, or use Influence."
         )
-    both = [Preconditioned(curvature.rows), Preconditioned(queries)]
-    row_loss, query_loss = (
-        inner_products(fit, x, fit.train, progress=progress, note="inner products").finish()
-        for x in both
+    both = [PairScores(Preconditioned(x), n_train) for x in (curvature.rows, queries)]
+    batches = fit.batches(fit.train)
+    sweep(
+        fit.capture(), fit.train, both, Loss(), batches=batches, progress=progress, note="products"
     )
-    assert owner is not None
+    row_loss, query_loss = (pairs.finish() for pairs in both)
     return Linearized(
         gram=curvature.gram,
         row_loss=row_loss,

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from headwater.core.fit import fit
 from headwater.core.index import GradientIndex, LoGra, Whitened
 from headwater.core.locks import FolderLock
 from tests import index_builds
+from tests.forks import Forks
 from tests.index_builds import N, build, data, small_fit
 
 
@@ -61,38 +61,11 @@ def index(tmp_path, whole):
     return shutil.copytree(whole, tmp_path / "index")
 
 
-class Builds:
-    """Builds in processes of their own."""
-
-    def __init__(self):
-        words = [sys.executable, "-W", "ignore", index_builds.__file__]
-        root = str(Path(index_builds.__file__).parents[1])
-        env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
-        assert self.line() == "ready"
-
-    def line(self) -> str:
-        return self.process.stdout.readline().strip()
-
-    def run(self, folder, *, calls: int = 0, after: float = 0.0) -> int:
-        """How a build ended: 0, or the signal or code that ended it."""
-        self.process.stdin.write(f"{folder} {calls} {after}\n")
-        self.process.stdin.flush()
-        status = int(self.line())
-        return os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def builds():
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
-    made = Builds()
+    made = Forks(index_builds)
     yield made
     made.close()
 

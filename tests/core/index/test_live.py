@@ -3,10 +3,7 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from headwater.core.task import CausalLM, Classification
 from headwater.models.gpt import GPT
 from tests import live_runs
 from tests.curvature_cases import autograd_rows
+from tests.forks import Forks
 
 KIND = LoGra(rank=3, damping=0.1)
 TASK = Classification()
@@ -245,39 +243,11 @@ def test_more_data_can_be_added_and_rows_removed(tmp_path):
     assert live.index.attribute(live.fit, data.subset([0]), keep=2).values.isfinite().all()
 
 
-class Runs:
-    """Training runs in processes of their own."""
-
-    def __init__(self):
-        words = [sys.executable, "-W", "ignore", live_runs.__file__]
-        root = str(Path(live_runs.__file__).parents[1])
-        env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
-        assert self.line() == "ready"
-
-    def line(self) -> str:
-        return self.process.stdout.readline().strip()
-
-    def run(self, folder, *, calls: int = 0, after: float = 0.0) -> int:
-        """How a run ended: 0, or the signal or code that ended it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.process.stdin.write(f"{folder} {calls} {after}\n")
-        self.process.stdin.flush()
-        status = int(self.line())
-        return os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def runs():
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
-    made = Runs()
+    made = Forks(live_runs)
     yield made
     made.close()
 
