@@ -103,6 +103,10 @@ class Space(Projection):
         """Numbers in a row."""
         return sum(self.widths.values())
 
+    def shapes(self) -> dict[str, tuple[int, int, int]] | None:
+        """(groups, out, in) of each layer's numbers where they are matrices projected on both sides, else None."""
+        return None
+
     def capture(self, fit: Fit) -> Capture:
         """The engine over the layers of which something is kept; the fit is checked as it always is."""
         whole = fit.capture()
@@ -405,6 +409,9 @@ class MatrixSpace(Space):
 
     def width(self, layer: Layer) -> int:
         return self.projection.width(layer)
+
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        return {x.name: (x.shape[0], *self.projection.kept(x)) for x in self.layers}
 
     def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
         return self.projection(layer, block)
