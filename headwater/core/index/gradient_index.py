@@ -40,6 +40,7 @@ from headwater.core.index.spaces import (
     Space,
     Whitened,
     curvature_is_flat,
+    factors_of,
     kept_share,
     space_of,
 )
@@ -125,7 +126,7 @@ class GradientIndex(Answers, StoredRows):
                 space=space.record(),
                 layers=space.widths,
                 dtype=dtype,
-                factors=_factors(space, factors),
+                factors=factors_of(space, factors),
                 n_train=len(fit.train),
                 facts=facts,
             )
@@ -572,13 +573,6 @@ def _matrices(spaces: Sequence[Space]) -> list[Space]:
     return found
 
 
-def _factors(space: Space, rank: int | None) -> dict[str, Any] | None:
-    """What the journal says of the factors."""
-    if rank is None:
-        return None
-    return {"rank": rank, "shapes": {k: list(v) for k, v in (space.shapes() or {}).items()}}
-
-
 def _is_flat(fit: Fit) -> bool:
     return isinstance(fit.curvature, Layerwise) and curvature_is_flat(fit.curvature)
 
@@ -612,7 +606,7 @@ def _chosen(
         damping = Damping(**chosen.record()["damping"])
         taken = take_sample(fit, spaces, data, damping, sample, progress)
         if taken is not None:
-            ways = [encoding_of(dtype, s.widths, _factors(s, factors)) for s in spaces]
+            ways = [encoding_of(dtype, s.widths, factors_of(s, factors)) for s in spaces]
             errors = [taken.error(i, way) for i, way in enumerate(ways)]
             best = max(range(len(spaces)), key=lambda i: errors[i]["whole"]["recall_10"])
             chosen, facts = spaces[best], {"error": errors[best]}

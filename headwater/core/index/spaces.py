@@ -789,6 +789,13 @@ def _named(record: Mapping[str, Any], fit: Fit, layers: list[Layer]) -> Space:
     return logra_space(fit, facts, columns or None)
 
 
+def factors_of(space: Space, rank: int | None) -> dict[str, Any] | None:
+    """What an index says of low-rank factors of its rows; None where they are stored whole."""
+    if rank is None:
+        return None
+    return {"rank": rank, "shapes": {k: list(v) for k, v in (space.shapes() or {}).items()}}
+
+
 def kept_share(space: Space, fit: Fit) -> float | None:
     r"""Share of the whole $\sum \lambda / (\lambda + \rho)$ that leading coordinates hold; None for random sides."""
     if not isinstance(space, WhitenedSpace) or not isinstance(fit.curvature, Layerwise):

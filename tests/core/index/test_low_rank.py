@@ -1,6 +1,5 @@
 """Rows as low-rank factors: the best of their size, nothing lost at one position, and as safe as whole rows."""
 
-
 import pytest
 import torch
 
@@ -76,9 +75,7 @@ def test_one_pair_of_a_gradient_of_one_position_loses_nothing(tmp_path, kind):
     places = torch.arange(len(whole))
     torch.testing.assert_close(small.rows(places), whole.rows(places), rtol=1e-4, atol=1e-6)
     for mode in ("dot", "cosine", "relatif"):
-        a, b = (
-            x.attribute(fitted, shared("mlp").train, keep=4, mode=mode) for x in (whole, small)
-        )
+        a, b = (x.attribute(fitted, shared("mlp").train, keep=4, mode=mode) for x in (whole, small))
         assert a.train_ids == b.train_ids
         torch.testing.assert_close(a.values, b.values, rtol=1e-3, atol=1e-5)
 
