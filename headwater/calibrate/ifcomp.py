@@ -242,14 +242,14 @@ class Complexity:
         return (log_p.exp() * log_p).sum(1) - self.regret
 
     def table(self) -> dict[str, list]:
-        """One row an example."""
+        """One row an example; `label_score` and `ood_score` run from 0 (bad, or unlike the training data) to 1."""
         return {
             "id": list(self.ids),
             "given_label": self.labels.tolist(),
             "predicted_label": self.logits.argmax(1).tolist(),
             "complexity": self.unlabelled.tolist(),
             "label_score": self.label_score().tolist(),
-            "confidence": self.confidence().tolist(),
+            "ood_score": self.confidence().exp().tolist(),
         }
 
     def save(self, folder: str | Path) -> None:

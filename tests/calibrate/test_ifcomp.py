@@ -282,7 +282,7 @@ def test_a_complexity_is_saved_and_read(tmp_path):
         "predicted_label",
         "complexity",
         "label_score",
-        "confidence",
+        "ood_score",
     }
 
 
