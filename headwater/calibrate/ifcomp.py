@@ -215,7 +215,8 @@ class Complexity:
             first_order: Add h itself, as the authors do, in place of log(1 + h).
         """
         y = self.labels if labels is None else labels
-        error = log_losses((self.logits / error_temperature).softmax(1), y)
+        log_p = (self.logits / error_temperature).log_softmax(1)
+        error = -log_p.gather(1, y[:, None]).squeeze(1)
         return error + (self.unlabelled if first_order else self.regret)
 
     def label_score(self, labels: Int64[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
