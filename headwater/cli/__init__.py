@@ -18,7 +18,7 @@ COMMANDS: dict[str, str] = {
     "trace": "which training examples raised or lowered a completion",
     "timeline": "when in a fine-tuning a completion was learnt, and from which examples",
     "verify": "retrain without the named examples: predicted beside actual",
-    "calibrate": "claim what is wrong, with a bound on the false claims",
+    "calibrate": "how sure one may be: probabilities that hold, claims with a bound on the false ones",
     "bench": "measure attribution methods against retraining, on real data",
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",

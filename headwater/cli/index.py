@@ -1,7 +1,7 @@
 """`headwater index`: rows of the training data, made once and asked many questions."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from headwater.cli.common import Session, emit_json, progress_bar, read_examples, run_session, say
-from headwater.cli.flags import RUN, parse, require
+from headwater.cli.flags import RUN, Actions, require, run_action
 
 if TYPE_CHECKING:
     from headwater.cli.flags import DataFlags
@@ -161,15 +161,7 @@ class Verify:
 
 
 def run(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
-        lines = (f"  {k:8} {(v[0].__doc__ or '').splitlines()[0]}" for k, v in ACTIONS.items())
-        print("usage: headwater index ACTION ...\n\nactions:\n" + "\n".join(lines))
-        print("\nExample: headwater index build runs/mine")
-        return 0
-    if words[0] not in ACTIONS:
-        raise ValueError(f"Expected one of {', '.join(ACTIONS)}; got {words[0]!r}.")
-    flags, action = ACTIONS[words[0]]
-    return action(parse(flags, words[1:], prog=f"index {words[0]}"))
+    return run_action("index", words, ACTIONS, example="build runs/mine")
 
 
 def _build(command: Build) -> int:
@@ -297,7 +289,7 @@ def _repair(command: Verify, place: Path, progress: "Progress | None") -> list["
     return found
 
 
-ACTIONS: dict[str, tuple[type, Callable[[Any], int]]] = {
+ACTIONS: Actions = {
     "build": (Build, _build),
     "add": (Add, _add),
     "remove": (Remove, _remove),
