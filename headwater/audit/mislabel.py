@@ -110,7 +110,7 @@ class Margin(Measure):
     suspicious: ClassVar[Side] = "low"
 
     def missing(self, subject: Subject) -> str:
-        return "" if _categorical(subject) else "needs classes"
+        return "" if subject.categorical else "needs classes"
 
     def measure(self, subject: Subject) -> Float[Tensor, " train"]:
         return subject.final.margin
@@ -257,7 +257,7 @@ class Perplexity(Measure):
     title: ClassVar[str] = "perplexity"
 
     def missing(self, subject: Subject) -> str:
-        return "" if _categorical(subject) and not subject.classes else "needs tokens"
+        return "" if subject.categorical and not subject.classes else "needs tokens"
 
     def measure(self, subject: Subject) -> Float[Tensor, " train"]:
         return subject.final.loss.exp()
@@ -572,9 +572,4 @@ def _table(
 def _needs_run(subject: Subject) -> str:
     if not subject.trajectories:
         return NO_RUN
-    return "" if _categorical(subject) else "needs classes"
-
-
-def _categorical(subject: Subject) -> bool:
-    """Whether the model predicts classes or tokens."""
-    return not bool(subject._final(note=False).margin.isnan().all())
+    return "" if subject.categorical else "needs classes"

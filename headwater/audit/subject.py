@@ -40,6 +40,7 @@ class Outlook:
         correct: Whether the label is the likeliest class; the share of positions.
         logits: Outputs, for one position an example; else None.
         labels: Labels, likewise.
+        categorical: Whether there are classes at all; without them only the loss is known.
     """
 
     count: Float[Tensor, " train"]
@@ -50,6 +51,7 @@ class Outlook:
     correct: Float[Tensor, " train"]
     logits: Float[Tensor, "train class"] | None = None
     labels: Int[Tensor, " train"] | None = None
+    categorical: bool = True
 
 
 def outlook(logits: Float[Tensor, "*at class"], labels: Int[Tensor, "*at"]) -> Tensor:
@@ -196,6 +198,11 @@ class Subject:
         return labels
 
     @property
+    def categorical(self) -> bool:
+        """Whether the model predicts classes or tokens."""
+        return self._final(note=False).categorical
+
+    @property
     def classes(self) -> int:
         """How many classes there are; 0 where an example has not one class."""
         logits = self._final(note=False).logits
@@ -276,10 +283,12 @@ class Subject:
         return self.once("probabilities", self._probabilities_cost, lambda: self.probabilities)
 
     def _outlook(self, model: nn.Module, note: str) -> Outlook:
-        fit = self.fit
+        fit, kinds = self.fit, set()
 
         def told(model: nn.Module, batch: Any) -> Tensor:
-            return _of_batch(fit.task.predict(model, batch))
+            prediction = fit.task.predict(model, batch)
+            kinds.add(isinstance(prediction, Categorical))
+            return _of_batch(prediction)
 
         found = evaluate(
             model,
@@ -292,5 +301,5 @@ class Subject:
         n = len(_COLUMNS)
         values = dict(zip(_COLUMNS, found[:, :n].unbind(1), strict=True))
         if found.shape[1] == n:
-            return Outlook(**values)
+            return Outlook(**values, categorical=all(kinds))
         return Outlook(**values, labels=found[:, n].long(), logits=found[:, n + 1 :])
