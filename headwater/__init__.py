@@ -11,7 +11,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwater import audit, core, curate, data, models, numerics, report, trace, training
+    from headwater import (
+        audit,
+        calibrate,
+        core,
+        curate,
+        data,
+        models,
+        numerics,
+        report,
+        trace,
+        training,
+    )
     from headwater.core.examples import Examples, TensorExamples
     from headwater.core.fit import fit, load
     from headwater.core.provenance import cite
@@ -41,6 +52,7 @@ __all__ = [
     "TensorExamples",
     "__version__",
     "audit",
+    "calibrate",
     "cite",
     "core",
     "curate",

@@ -23,9 +23,12 @@ from torch import Tensor
 from headwater.audit.base import Auditor, Findings, Passes, Section, Table, marked
 from headwater.audit.confident import confidently_other, label_quality
 from headwater.audit.subject import Outlook, Subject
+from headwater.calibrate import Complexity, complexity
 from headwater.core.capture import Progress
+from headwater.core.curvature import EKFAC
 from headwater.core.damping import Damping
 from headwater.core.fit import Fit
+from headwater.core.tempering import fit_at_temperature
 from headwater.numerics.ranks import average_ranks
 from headwater.trace.influence import Influence
 from headwater.training.trajectory import Trajectory
@@ -88,6 +91,44 @@ class SelfInfluence(Measure):
             lambda: method.self_influence(subject.fit, progress=subject.progress),
         )
         return found.double()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IFComplexity(Measure):
+    r"""IF-COMP: the code length of the label, $-\log p_y$ and the regret of having been able to learn any (nats).
+
+    Ng, Grosse and Ghassemi (2024), arXiv:2406.02745; see `headwater.calibrate.complexity`.
+
+    Args:
+        temperature: Of the gradients and of the Fisher information.
+        top: At most so many classes are examined, the most probable ones.
+    """
+
+    name: ClassVar[str] = "if_comp"
+    title: ClassVar[str] = "IF-COMP"
+    paper: ClassVar[str] = "arXiv:2406.02745"
+
+    temperature: float = 3.0
+    top: int = 20
+
+    def missing(self, subject: Subject) -> str:
+        return "" if subject.classes else NO_CLASS
+
+    def measure(self, subject: Subject) -> Float[Tensor, " train"]:
+        return self.complexity(subject).labelled()
+
+    def complexity(self, subject: Subject) -> Complexity:
+        """Complexities of all examples: two passes with gradients for the fit, and one for each class."""
+        top = min(self.top, subject.classes)
+
+        def make() -> Complexity:
+            made = EKFAC(folds=1)
+            fit = fit_at_temperature(
+                subject.fit, self.temperature, curvature=made, progress=subject.progress
+            )
+            return complexity(fit, subject.fit.train, top=top, progress=subject.progress)
+
+        return subject.once((self.name, self), Passes(backward=2 + top), make)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +344,7 @@ class NeighbourDisagreement(Measure):
 
 MEASURES: tuple[Measure, ...] = (
     SelfInfluence(),
+    IFComplexity(),
     ExampleLoss(),
     Margin(),
     EL2N(),

@@ -227,6 +227,30 @@ PAPERS: dict[str, str] = {
   pages={415--447},
   year={1992}
 }""",
+    "arXiv:2406.02745": """@inproceedings{ng2024measuring,
+  title={Measuring Stochastic Data Complexity with {Boltzmann} Influence Functions},
+  author={Ng, Nathan and Grosse, Roger and Ghassemi, Marzyeh},
+  booktitle={International Conference on Machine Learning},
+  year={2024}
+}""",
+    "arXiv:1706.04599": """@inproceedings{guo2017calibration,
+  title={On Calibration of Modern Neural Networks},
+  author={Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.},
+  booktitle={International Conference on Machine Learning},
+  year={2017}
+}""",
+    "arXiv:2106.14806": """@inproceedings{daxberger2021laplace,
+  title={Laplace Redux: Effortless {Bayesian} Deep Learning},
+  author={Daxberger, Erik and Kristiadi, Agustinus and Immer, Alexander and others},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2021}
+}""",
+    "arXiv:2110.09246": """@inproceedings{bibas2021single,
+  title={Single Layer Predictive Normalized Maximum Likelihood for Out-of-Distribution Detection},
+  author={Bibas, Koby and Feder, Meir and Hassner, Tal},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2021}
+}""",
 }
 
 _OF_CURVATURE = {

@@ -13,6 +13,7 @@ from headwater.audit import (
     Confidence,
     Forgetting,
     GraNd,
+    IFComplexity,
     Mislabels,
     NeighbourDisagreement,
     Passes,
@@ -23,7 +24,9 @@ from headwater.audit import (
     measure_all,
     outlook,
 )
+from headwater.calibrate import complexity
 from headwater.core.curvature import EKFAC
+from headwater.core.tempering import fit_at_temperature
 from headwater.trace import Influence
 from tests.audit_cases import by_hand
 from tests.curvature_cases import case, loss_gradients
@@ -144,6 +147,13 @@ def test_the_column_of_self_influence_is_the_methods_own():
     torch.testing.assert_close(found["self_influence"].values, expected)
 
 
+def test_the_column_of_if_comp_is_the_calibrators_code_length():
+    fit = case("mlp").fit(EKFAC())
+    found = IFComplexity().measure(Subject(fit))
+    soft = fit_at_temperature(fit, 3.0, curvature=EKFAC(folds=1))
+    torch.testing.assert_close(found, complexity(soft, fit.train).labelled())
+
+
 def test_a_combination_averages_ranks_whatever_the_scales():
     a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([30.0, 10.0, 20.0])
     # ranks 1 2 3 and 3 1 2
@@ -164,8 +174,9 @@ def test_passes_are_counted_once_however_many_measures_read_them(subject):
     assert found["el2n"].passes == Passes(forward=1)
     assert found["grand"].passes == found["self_influence"].passes == Passes(backward=1)
     assert found["neighbours"].passes == Passes(forward=1)
-    # the fitted model, three checkpoints, the representations; self-influence and GraNd
-    assert subject.paid == Passes(forward=5, backward=2)
+    assert found["if_comp"].passes == Passes(backward=2 + 2)  # its own fit, and two classes
+    # the fitted model, three checkpoints, the representations; self-influence, GraNd and IF-COMP
+    assert subject.paid == Passes(forward=5, backward=6)
     assert set(missed) == {"perplexity", "confident_learning"}
     assert "out-of-fold" in missed["confident_learning"]
 
