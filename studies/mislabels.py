@@ -19,7 +19,7 @@ printed beside the 5 % that was promised.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,15 +30,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import headwater
-from headwater.audit import MEASURES, Passes, SelfInfluence, Subject, measure_all, out_of_fold
+from headwater.audit import MEASURES, Passes, Subject, measure_all, out_of_fold
 from headwater.audit.mislabel import COMBINED, combined_suspicion
+from headwater.core.examples import TensorExamples
 from headwater.core.files import read_json, write_json
+from headwater.core.fit import Fit
 from headwater.data.images import digits, mnist5000
 from headwater.models.vision import mlp
 from headwater.numerics.detection import auroc, average_precision
 from headwater.numerics.resampling import Estimate, mean_interval
 from headwater.training.optimizers import SGD
 from headwater.training.run import train_model
+from headwater.training.trajectory import Trajectory
 
 Kind = Literal["symmetric", "class-dependent"]
 FOLDS = 5
@@ -48,10 +51,9 @@ FOLDS = 5
 class Setting:
     """A data set with the bench's model and recipe for it."""
 
-    load: object
+    load: Callable[[], TensorExamples]
     sizes: tuple[int, ...]
     rule: SGD
-    curvatures: tuple[str, ...]
 
 
 SETTINGS = {
@@ -59,13 +61,11 @@ SETTINGS = {
         load=digits,
         sizes=(64, 64, 32, 10),
         rule=SGD(lr=0.05, weight_decay=1e-3, batch_size=50, epochs=20),
-        curvatures=("ekfac",),
     ),
     "mnist": Setting(
         load=mnist5000,
         sizes=(784, 128, 10),
         rule=SGD(lr=0.05, weight_decay=1e-3, batch_size=100, epochs=20),
-        curvatures=("ekfac",),
     ),
 }
 
@@ -85,72 +85,91 @@ def noisy(
     return torch.where(wrong, (labels + step) % classes, labels), wrong
 
 
-def measured(setting: Setting, kind: Kind, rate: float, seed: int, folder: Path) -> dict:
-    """Suspicions of all measures for one noise and seed, with their costs and seconds."""
-    x, truth = setting.load().tensors  # type: ignore[operator]
+def run_of(
+    setting: Setting, kind: Kind, rate: float, seed: int, folder: Path
+) -> tuple[Fit, Trajectory, Bool[Tensor, " n"], Int[Tensor, " n"], dict[str, float]]:
+    """Fit and record of a model trained on noisy labels, which labels are wrong, the true ones, and CPU seconds."""
+    x, truth = setting.load().tensors
     labels, wrong = noisy(truth, rate, kind, seed=seed)
-    model, rule, task = mlp(setting.sizes, seed=seed), setting.rule, headwater.Classification()
+    model, task = mlp(setting.sizes, seed=seed), headwater.Classification()
     started = time.process_time()
-    record = train_model(model, (x, labels), task, rule, folder=folder, checkpoints=10, seed=seed)
+    record = train_model(
+        model, (x, labels), task, setting.rule, folder=folder, checkpoints=10, seed=seed
+    )
     assert record is not None
-    known = {"weight_decay": record.weight_decay, "horizon": record.horizon}
     clock = {"training": time.process_time() - started}
     started = time.process_time()
-    probabilities = out_of_fold(
-        lambda s: mlp(setting.sizes, seed=1000 * (seed + 1) + s),
-        x,
-        labels,
-        optimizer=rule,
-        folds=FOLDS,
-        seed=seed,
-    )
-    clock["out of fold"] = time.process_time() - started
-    rows = {}
-    for curvature in setting.curvatures:
+    known = {"weight_decay": record.weight_decay, "horizon": record.horizon}
+    fit = headwater.fit(model, (x, labels), task, curvature="ekfac", **known)
+    clock["fit"] = time.process_time() - started
+    return fit, record, wrong, truth, clock
+
+
+def measured(
+    setting: Setting, kind: Kind, rate: float, seed: int, folder: Path, before: dict
+) -> dict:
+    """Suspicions of all measures for one noise and seed, with their costs; those there were before are kept."""
+    rows = before.get("rows", {})
+    todo = [m for m in MEASURES if m.name not in rows and m.name != "perplexity"]
+    if not todo:
+        return before
+    fit, record, wrong, truth, clock = run_of(setting, kind, rate, seed, folder)
+    x, labels = fit.train.tensors  # type: ignore[attr-defined]
+    probabilities = None
+    if "confident_learning" not in rows:
         started = time.process_time()
-        fit = headwater.fit(model, (x, labels), task, curvature=curvature, **known)
-        clock[f"fit, {curvature}"] = time.process_time() - started
-        first = curvature == setting.curvatures[0]
-        subject = Subject(
-            fit,
-            trajectories=[record],
-            probabilities=probabilities,
-            probabilities_cost=Passes(trainings=FOLDS),
+        probabilities = out_of_fold(
+            lambda s: mlp(setting.sizes, seed=1000 * (seed + 1) + s),
+            x,
+            labels,
+            optimizer=setting.rule,
+            folds=FOLDS,
+            seed=seed,
         )
-        found, _ = measure_all(subject, MEASURES if first else [SelfInfluence()])
-        for name, each in found.items():
-            label = f"{name}, {curvature}" if name == "self_influence" else name
-            side = each.measure.suspicious
-            rows[label] = {
-                "suspicion": (each.suspicion if side else each.values).tolist(),
-                "cost": str(each.passes),
-                "seconds": each.seconds,
-            }
-        if first:
-            clock["audit"] = sum(each.seconds for each in found.values())
-            paid = subject.paid
-            able = {n: m.suspicion for n, m in found.items() if m.measure.suspicious}
-            kinds = [next(n for n in kind if n in found) for kind in COMBINED]
-            without = [n for n in kinds if n != "confident_learning"]
-            for label, members, cost in (
-                ("combined", kinds, "all of its members'"),
-                ("combined, no further training", without, "all of its members'"),
-                ("combined, all measures", list(able), str(paid)),
-            ):
-                rows[label] = {
-                    "suspicion": combined_suspicion([able[n] for n in members]).tolist(),
-                    "cost": cost,
-                    "seconds": 0.0,
-                }
-    accuracy = float((found and subject.final.logits.argmax(1) == truth).double().mean())  # type: ignore[union-attr]
-    fitted = float((subject.final.correct).double().mean())
+        clock["out of fold"] = time.process_time() - started
+    subject = Subject(
+        fit,
+        trajectories=[record],
+        probabilities=probabilities,
+        probabilities_cost=Passes(trainings=FOLDS),
+    )
+    found, _ = measure_all(subject, todo)
+    for name, each in found.items():
+        suspicion = each.suspicion if each.measure.suspicious else each.values
+        rows[name] = {
+            "suspicion": suspicion.tolist(),
+            "cost": str(each.passes),
+            "seconds": each.seconds,
+        }
+    accuracy = (subject.final.logits.argmax(1) == truth).double()
     return {
         "wrong": wrong.tolist(),
         "rows": rows,
-        "seconds": clock,
-        "accuracy of the true labels": accuracy,
-        "accuracy of the given labels": fitted,
+        "seconds": before.get("seconds", clock),
+        "accuracy of the true labels": float(accuracy.mean()),
+        "accuracy of the given labels": float(subject.final.correct.mean()),
     }
+
+
+def combined(rows: dict[str, dict]) -> dict[str, dict]:
+    """The rows with rankings that average the ranks of several measures, and without those that rank nothing."""
+    able = {m.name for m in MEASURES if m.suspicious and m.name in rows}
+    suspicions = {n: torch.tensor(rows[n]["suspicion"], dtype=torch.float64) for n in able}
+    kinds = [next(n for n in kind if n in rows) for kind in COMBINED]
+    without = [n for n in kinds if n != "confident_learning"]
+    named = {
+        "combined": kinds,
+        "combined, without trainings": without,
+        "combined, all measures": sorted(able),
+    }
+    made = {
+        name: {
+            "suspicion": combined_suspicion([suspicions[n] for n in members]).tolist(),
+            "cost": "those of its members",
+        }
+        for name, members in named.items()
+    }
+    return {m.name: rows[m.name] for m in MEASURES if m.name in rows and m.suspicious} | made
 
 
 def cell(estimate: Estimate) -> str:
@@ -175,7 +194,8 @@ def table(results: dict[tuple[Kind, float], list[dict]]) -> list[str]:
         "| measure | " + " | ".join(f"AP, {h}" for h in heads) + " |",
         "|---" * (len(heads) + 1) + "|",
     ]
-    names = list(dict.fromkeys(name for runs in results.values() for name in runs[0]["rows"]))
+    every = [set(run["rows"]) for runs in results.values() for run in runs]
+    names = [n for n in next(iter(results.values()))[0]["rows"] if all(n in e for e in every)]
     for name in names:
         areas, precisions, cost = [], [], ""
         for noise in noises:
@@ -284,18 +304,22 @@ def main(
             for rate in rates:
                 name = f"{data}-{kind}-{rate}-{seed}"
                 place = folder / f"{name}.json"
-                if not place.is_file():
-                    if not train:
-                        continue
-                    print(f"{name} …", flush=True)
-                    made = measured(SETTINGS[data], kind, rate, seed, folder / "runs" / name)
-                    write_json(place, made)
-                results.setdefault((kind, rate), []).append(read_json(place))
+                run = read_json(place) if place.is_file() else {}
+                if train:
+                    made = measured(SETTINGS[data], kind, rate, seed, folder / "runs" / name, run)
+                    if made is not run:
+                        print(f"{name} …", flush=True)
+                        write_json(place, made)
+                        run = made
+                if run:
+                    run["rows"] = combined(run["rows"])
+                    results.setdefault((kind, rate), []).append(run)
     n = {noise: len(runs) for noise, runs in results.items()}
     print(f"runs: {n}")
     seconds = [run["seconds"] for runs in results.values() for run in runs]
     for name in seconds[0]:
-        print(f"  {name}: {sum(s[name] for s in seconds) / len(seconds):.2f} s")
+        each = [s[name] for s in seconds if name in s]
+        print(f"  {name}: {sum(each) / len(each):.2f} CPU s")
     for key in ("accuracy of the true labels", "accuracy of the given labels"):
         told = {noise: sum(r[key] for r in runs) / len(runs) for noise, runs in results.items()}
         print(f"  {key}: {told}")
