@@ -8,6 +8,10 @@ The same audit from the command line, with a person's sample of 200 verified lab
 
     headwater audit runs/digits --program examples/audit_digits.py:parts
     headwater audit runs/digits --program examples/audit_digits.py:parts --verified runs/digits/verified.csv
+
+And what relabelling or removing does to the held-out loss, by repeating the recorded run:
+
+    headwater verify runs/digits --program examples/audit_digits.py:parts --audit audit
 """
 
 import sys
@@ -27,31 +31,33 @@ from headwater.training.trajectory import Trajectory
 RULE = SGD(lr=0.05, momentum=0.9, weight_decay=1e-3, batch_size=50, epochs=20)
 
 
-def noisy() -> tuple[TensorExamples, torch.Tensor]:
-    """Digits of which a tenth carry another label, and which those are."""
-    images = digits()
-    x, y = images.tensors
-    generator = torch.Generator().manual_seed(0)
-    wrong = torch.rand(len(y), generator=generator) < 0.1
-    other = (y + torch.randint(1, 10, y.shape, generator=generator)) % 10
-    return TensorExamples(x, torch.where(wrong, other, y), ids=images.ids), wrong
+def noisy() -> tuple[TensorExamples, torch.Tensor, TensorExamples]:
+    """1,500 digits of which a tenth carry another label, which those are, and the other digits as they are."""
+    images, generator = digits(), torch.Generator().manual_seed(0)
+    order = torch.randperm(len(images), generator=generator)
+    (x, y), some, rest = images.tensors, order[:1500], order[1500:]
+    wrong = torch.rand(1500, generator=generator) < 0.1
+    other = (y[some] + torch.randint(1, 10, (1500,), generator=generator)) % 10
+    ids = [images.ids[i] for i in some.tolist()]
+    train = TensorExamples(x[some], torch.where(wrong, other, y[some]), ids=ids)
+    return train, wrong, TensorExamples(x[rest], y[rest])
 
 
 def parts(run: Path):
-    """The trained model, its data and its task: what `headwater audit --program` asks for."""
-    data, _ = noisy()
+    """The trained model, its data, its task and held-out data: what `headwater audit --program` asks for."""
+    data, _, heldout = noisy()
     model, task = mlp((64, 64, 32, 10)), headwater.Classification()
     train_model(model, data, task, RULE, folder=run, checkpoints=10)  # a finished run is read
-    return model, data, task
+    return model, data, task, heldout
 
 
 def main(run: Path) -> None:
     """Train, fit, verify a random sample, audit."""
-    model, data, task = parts(run)
+    model, data, task, _ = parts(run)
     record = Trajectory.load(run)
     known = {"weight_decay": record.weight_decay, "horizon": record.horizon}
     headwater.fit(model, data, task, curvature="ekfac", folder=run / "fit", **known)
-    _, wrong = noisy()
+    _, wrong, _ = noisy()
     drawn = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(1))[:200].tolist()
     lines = ["id,is_wrong", *(f"{data.ids[i]},{int(wrong[i])}" for i in drawn)]
     (run / "verified.csv").write_text("\n".join(lines) + "\n")

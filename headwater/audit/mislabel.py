@@ -594,12 +594,12 @@ def _table(
             else ""
         )
         used = "yes" if name in members else ""
-        rows.append((each.measure.title, name, side or "neither", used, shared, str(each.passes)))
+        rows.append((name, each.measure.title, side or "neither", used, shared, str(each.passes)))
     names = {m.name: m.title for m in MEASURES}
-    rows += [(names[name], name, "", "", "", f"not taken: {why}") for name, why in missed.items()]
+    rows += [(name, names[name], "", "", "", f"not taken: {why}") for name, why in missed.items()]
     heads = (
-        "measure",
         "column",
+        "measure",
         "doubtful end",
         "in the ranking",
         f"of the top {k:,}",

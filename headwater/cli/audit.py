@@ -32,7 +32,7 @@ class Audit:
     Args:
         run: The run folder of `headwater fit`; or any folder with a fit in its subfolder fit, with --program.
         program: For models of other kinds: file.py:function, which is run with the folder, and returns (model, data,
-            task).
+            task), and for verify the held-out data as a fourth.
         trajectory: Folder of the recorded training run; found beside the model, or in the run folder, when left out.
         out_of_fold: A .npy or .csv file of class probabilities by models that were not trained on the example.
         verified: A .csv or .jsonl file with the columns id and is_wrong, of examples drawn at random by --sample.
@@ -167,7 +167,7 @@ def opened(command: Audit) -> tuple["Fit", Path | None]:
     from headwater.core.fit import load
 
     if command.program is not None:
-        model, data, task = from_program(command.program, command.run)
+        model, data, task, _ = from_program(command.program, command.run)
         return load(command.run / "fit", model, data, task), command.run
     if not (command.run / RUN).is_file():
         raise FileNotFoundError(
@@ -181,8 +181,8 @@ def opened(command: Audit) -> tuple["Fit", Path | None]:
     return fit, Path(record["fit"]["model"])
 
 
-def from_program(spec: str, run: Path) -> tuple[Any, Any, Any]:
-    """Model, data and task from a function of the user's own file, which is run."""
+def from_program(spec: str, run: Path) -> tuple[Any, Any, Any, Any]:
+    """Model, data, task and held-out data (or None) from a function of the user's own file, which is run."""
     import runpy
 
     name, _, function = spec.rpartition(":")
@@ -196,11 +196,12 @@ def from_program(spec: str, run: Path) -> tuple[Any, Any, Any]:
             f"{name} has no function {function!r}; expected --program file.py:function."
         )
     found = made(run)
-    if not isinstance(found, tuple) or len(found) != 3:
+    if not isinstance(found, tuple) or len(found) not in (3, 4):
         raise ValueError(
-            f"{function} of {name} must return (model, data, task); got {type(found).__name__}."
+            f"{function} of {name} must return (model, data, task), or these and held-out data; got "
+            f"{type(found).__name__}."
         )
-    return found
+    return (*found, None)[:4]  # type: ignore[return-value]
 
 
 def _trajectories(command: Audit, beside: Path | None) -> list["Trajectory"]:

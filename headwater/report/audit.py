@@ -27,9 +27,18 @@ _BESIDE = {
         "given_label",
         "predicted_label",
         "self_influence",
-        "loss",
         "perplexity",
     ),
+}
+# Short heads of columns, as the terminal is narrow.
+_HEADS = {
+    "label_score": "score",
+    "is_label_issue": "wrong",
+    "given_label": "given",
+    "predicted_label": "predicted",
+    "self_influence": "self-influence",
+    "is_outlier_issue": "outlier",
+    "ood_score": "score",
 }
 _NAME, _EXCERPT, _PAGE_EXCERPT, _CELL = 60, 160, 600, 200
 _PAGE_TOP = 50
@@ -57,7 +66,8 @@ def rows(
     wanted = _BESIDE.get(section.name, section.columns)
     heads = [name for name in wanted if name in findings.columns]
     chosen = findings.top(top) if section.name == "labels" else section.shown[:top]
-    return heads, [
+    titles = [_HEADS.get(name, name.replace("_", " ")) for name in heads]
+    return titles, [
         Row(
             text.shortened(findings.ids[i], _NAME),
             tuple(value(findings.columns[name], i) for name in heads),
@@ -138,7 +148,7 @@ def render_findings(findings: Findings, *, top: int = _PAGE_TOP) -> str:
         facts=[
             (name.replace("_", " "), text.shortened(_told(fact), 2_000))
             for name, fact in findings.facts.items()
-            if not isinstance(fact, dict)
+            if not isinstance(fact, dict) and name not in ("question", "method")
         ],
     )
 
