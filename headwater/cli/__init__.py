@@ -19,7 +19,7 @@ COMMANDS: dict[str, str] = {
     "timeline": "when in a fine-tuning a completion was learnt, and from which examples",
     "audit": "doubtful labels, odd inputs: what is wrong with the training data",
     "verify": "retrain without the named examples: predicted beside actual",
-    "calibrate": "how sure a classifier is: probabilities to be taken at their word",
+    "calibrate": "how sure one may be: hedged probabilities, claims with a bound on false ones",
     "bench": "measure attribution methods against retraining, on real data",
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",

@@ -218,6 +218,27 @@ PAPERS: dict[str, str] = {
   journal={arXiv preprint arXiv:1811.10959},
   year={2018}
 }""",
+    "arXiv:2409.13990": """@article{lee2024batch,
+  title={Batch Predictive Inference},
+  author={Lee, Yonghoon and Tchetgen Tchetgen, Eric and Dobriban, Edgar},
+  journal={arXiv preprint arXiv:2409.13990},
+  year={2024}
+}""",
+    "arXiv:2310.18108": """@inproceedings{gazin2024transductive,
+  title={Transductive Conformal Inference with Adaptive Scores},
+  author={Gazin, Ulysse and Blanchard, Gilles and Roquain, Etienne},
+  booktitle={International Conference on Artificial Intelligence and Statistics},
+  year={2024}
+}""",
+    "arXiv:1703.02307": """@article{blanchard2020post,
+  title={Post Hoc Confidence Bounds on False Positives Using Reference Families},
+  author={Blanchard, Gilles and Neuvial, Pierre and Roquain, Etienne},
+  journal={Annals of Statistics},
+  volume={48},
+  number={3},
+  pages={1281--1303},
+  year={2020}
+}""",
     "doi:10.1162/neco.1992.4.3.415": """@article{mackay1992bayesian,
   title={Bayesian Interpolation},
   author={MacKay, David J. C.},
