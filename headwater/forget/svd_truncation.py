@@ -15,15 +15,17 @@ from headwater.core.fit import Fit
 from headwater.forget.base import EVERY, Editor, WeightEdit, as_edit, editable_layers, matrix_of
 
 
-def truncate(W: Float[Tensor, "out in"], rank: int) -> Float[Tensor, "out in"]:
-    """The matrix of a rank that is nearest to W.
+def truncate(
+    W: Float[Tensor, "out in"], rank: int
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, " rank"]]:
+    """The matrix of a rank that is nearest to W, and all singular values of W.
 
     Example:
-        >>> truncate(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2).diagonal().tolist()
+        >>> truncate(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)[0].diagonal().tolist()
         [3.0, 2.0, 0.0]
     """
     U, S, V = torch.linalg.svd(W, full_matrices=False)
-    return (U[:, :rank] * S[:rank]) @ V[:rank]
+    return (U[:, :rank] * S[:rank]) @ V[:rank], S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,8 @@ class SVDTruncation(Editor):
             W = matrix_of(layer, named[layer.parameters[0]].detach()).double()
             n = min(W.shape)
             rank = math.ceil(self.keep_rank * n)
-            edited[layer.name] = W if rank == n else truncate(W, rank)
-            energy = torch.linalg.svdvals(W).square()
+            nearest, S = truncate(W, rank)
+            edited[layer.name], energy = W if rank == n else nearest, S.square()
             sizes = {"out": W.shape[0], "in": W.shape[1], "pairs": n, "kept": rank}
             rows.append(
                 {"layer": layer.name}

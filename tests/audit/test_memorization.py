@@ -194,13 +194,13 @@ def test_inputs_along_rare_directions_light_up_the_last_band():
     assert table["low"][-1] > 1
     assert found.sensitivity("rare") == pytest.approx(table["ratio"][-1])
     assert "rare" in repr(found) and found.passes == pytest.approx(70 / 200 / 3)
-    edited = CurvatureEdit(keep_mass=0.8, layers=("0",)).edit(fit).applied(model)
+    edited = CurvatureEdit(keep_mass=0.99, layers=("0",)).edit(fit).applied(model)
     with torch.no_grad():  # what the band says is what the edit takes
         lost = [
             float((edited[0](v) - model[0](v)).norm() / (model[0](v) - model[0].bias).norm())
             for v in (rare, x)
         ]
-    assert lost[0] > 2 * lost[1]
+    assert lost[0] > 1.5 * lost[1]
 
 
 def test_positions_that_are_padding_are_not_active():
