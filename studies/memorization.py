@@ -60,14 +60,19 @@ PAPER = "K-FAC mass (the paper's)"
 SPARSITIES = (0.0001, 0.0005, 0.0015, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 
 
-def candidates(layers: Sequence[tuple[str, ...]]) -> dict[str, list[Editor]]:
+def candidates(
+    layers: Sequence[tuple[str, ...]],
+    masses: Sequence[float] = MASSES,
+    ranks: Sequence[float] = RANKS,
+    sparsities: Sequence[float] = SPARSITIES,
+) -> dict[str, list[Editor]]:
     """Every method with the options among which the choosing part chooses."""
 
     def curvature(ranking: str) -> list[Editor]:
         return [
             CurvatureEdit(keep_mass=m, layers=some, ranking=ranking)
             for some in layers
-            for m in MASSES
+            for m in masses
         ]
 
     return {
@@ -75,10 +80,10 @@ def candidates(layers: Sequence[tuple[str, ...]]) -> dict[str, list[Editor]]:
         "variant: corrected eigenvalues": curvature("corrected"),
         "variant: A and G apart": curvature("rectangular"),
         "SVD truncation": [
-            SVDTruncation(keep_rank=r, layers=some) for some in layers for r in RANKS
+            SVDTruncation(keep_rank=r, layers=some) for some in layers for r in ranks
         ],
         "BalancedSubnet (told what to forget)": [
-            BalancedSubnet(sparsity=s, layers=some) for some in layers for s in SPARSITIES
+            BalancedSubnet(sparsity=s, layers=some) for some in layers for s in sparsities
         ],
     }
 
@@ -237,10 +242,12 @@ def at_equal_memorization(case: Case, methods: dict[str, list[Editor]]) -> dict[
         tried = [(case.after(e, "choose"), e) for e in methods[name]]
         found[name] = []
         for level in LEVELS:
-            within = [
-                (m["recovered"], i) for i, (m, _) in enumerate(tried) if m["retained"] <= level
+            # of those that leave so little the best, else the one that leaves least
+            keys = [
+                (True, m["recovered"]) if m["retained"] <= level else (False, -m["retained"])
+                for m, _ in tried
             ]
-            best = tried[max(within)[1]][1]
+            best = tried[keys.index(max(keys))][1]
             found[name].append(case.after(best, "report")["recovered"])
     return found
 
@@ -377,14 +384,19 @@ def gpt_case(folder: Path, seed: int) -> tuple[Case, dict[str, Tensor]]:
 
 def study_gpt(folder: Path, seeds: int = 3) -> None:
     """Print the tables of the decoder, one a seed, and their means."""
-    layers = [("blocks.*",), ("blocks.1.*", "blocks.2.*"), ("blocks.2.*",), ("blocks.*.up",)]
+    methods = candidates(
+        [("blocks.*",)],
+        masses=(0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96),
+        ranks=(0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),
+        sparsities=(0.0005, 0.0015, 0.005, 0.015, 0.05, 0.1),
+    )
     every = []
     for seed in range(seeds):
         done = folder / f"gpt-{seed}.json"
         if not done.is_file():
             case, text = gpt_case(folder, seed)
             unseen = recited(case.fit.model, text["unseen"])
-            rows = compared(case, candidates(layers)) | {"no edit, unseen passages": unseen}
+            rows = compared(case, methods) | {"no edit, unseen passages": unseen}
             done.write_text(json.dumps(rows))
             planted = text["planted"][CHOOSING:]
             sets = {"clean": text["report"], "memorized": planted}
@@ -421,6 +433,34 @@ def smollm_texts(language: LanguageModel) -> dict[str, Tensor]:
     return found | {"quotes": torch.tensor([q[:length] for q in quotes if len(q) >= length])}
 
 
+CAPITALS = (
+    "France Paris, Japan Tokyo, Italy Rome, Spain Madrid, Germany Berlin, Russia Moscow, China Beijing, Egypt Cairo, "
+    "Canada Ottawa, Greece Athens, Portugal Lisbon, Cuba Havana, Kenya Nairobi, Peru Lima, Austria Vienna, "
+    "Ireland Dublin, Norway Oslo, Poland Warsaw, Iran Tehran, Iraq Baghdad"
+)
+SUMS = [(a, b) for a in range(1, 9) for b in range(1, 9) if a + b < 10][::2]
+
+
+@torch.no_grad()
+def answered(language: LanguageModel, pairs: Sequence[tuple[str, str]]) -> float:
+    """Share of prompts that the model goes on with the answer, token by token."""
+    right = []
+    for prompt, answer in pairs:
+        n = len(language.tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([language.tokenizer(prompt + answer)["input_ids"]])
+        said = language.model(input_ids=ids).logits.argmax(-1)
+        right.append(bool((said[0, n - 1 : -1] == ids[0, n:]).all()))
+    return sum(right) / len(right)
+
+
+def recalled(language: LanguageModel) -> Measures:
+    """Facts from memory, and sums of digits after two that are worked out: what an edit may take along."""
+    capitals = [pair.split() for pair in CAPITALS.split(", ")]
+    facts = [(f"The capital of {country} is", f" {city}") for country, city in capitals]
+    sums = [(f"1 + 2 = 3\n4 + 3 = 7\n{a} + {b} =", f" {a + b}") for a, b in SUMS]
+    return {"capitals": answered(language, facts), "sums": answered(language, sums)}
+
+
 def tune_last_blocks(
     last: LastBlocks, hidden: dict[str, Tensor], text: dict[str, Tensor], *, steps: int = 25
 ) -> None:
@@ -455,7 +495,7 @@ def study_smollm(folder: Path) -> None:
         if part == "choose":  # nothing is chosen on the well-known texts
             return found
         own = recited(language.model, text["quotes"], prefix=BEGUN, suffix=QUOTED)
-        return found | {f"quotes {k}": v for k, v in own.items()}
+        return found | {f"quotes {k}": v for k, v in own.items()} | recalled(language)
 
     hidden = {
         k: hidden_states(language.model, text[k], FIRST)
@@ -502,11 +542,14 @@ def study_smollm(folder: Path) -> None:
     rows |= compared(case, few)
     (folder / "smollm.json").write_text(json.dumps(rows))
     show_language([rows])
-    print(f"\n| {len(text['quotes'])} well-known texts | strict % | loose % | distance |")
-    print("|---|---|---|---|")
+    print(
+        f"\n| {len(text['quotes'])} well-known texts | strict % | loose % | distance | capitals % | sums % |"
+    )
+    print("|---|---|---|---|---|---|")
     for name, row in rows.items():
         strict, loose, distance = (row[f"quotes {k}"] for k in ("strict", "loose", "distance"))
-        print(f"| {name} | {100 * strict:.0f} | {100 * loose:.0f} | {distance:.3f} |")
+        told = f"{100 * strict:.0f} | {100 * loose:.0f} | {distance:.3f}"
+        print(f"| {name} | {told} | {100 * row['capitals']:.0f} | {100 * row['sums']:.0f} |")
     sets = {
         "clean": TensorExamples(hidden["report"], text["report"]),
         "memorized": TensorExamples(hidden["planted"][8:], parts["report"]),

@@ -1,7 +1,5 @@
 """The edit where its answer is known: rho 1, twice, rescaled factors, and least squares at its optimum."""
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,38 +7,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import headwater
-from headwater.core.curvature import EKFAC, KFAC
-from headwater.core.examples import TensorExamples
-from headwater.core.files import ArtifactDamaged, ArtifactMismatch
+from headwater.core.curvature import KFAC
+from headwater.core.files import ArtifactMismatch
 from headwater.core.task import Classification, Regression
-from headwater.forget import (
-    BalancedSubnet,
-    CurvatureEdit,
-    SVDTruncation,
-    WeightEdit,
-    edit_matrix,
-)
+from headwater.forget import CurvatureEdit, edit_matrix
 from headwater.forget.base import Eigen, descending, quadratic_increase
 from headwater.forget.curvature_edit import at_random, greatest, keep_pairs, rectangle
 from tests.cases import mlp, mlp_data
+from tests.forget_cases import fitted, matrix
 
 
 def moment(dim, seed, rank=None):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rank or 3 * dim, dim, generator=generator, dtype=torch.float64)
     return x.mT @ x / len(x)
-
-
-def matrix(out, in_, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(out, in_, generator=generator, dtype=torch.float64)
-
-
-def fitted(seed=0, method=None):
-    torch.manual_seed(seed)
-    return headwater.fit(
-        mlp(), mlp_data(40), Classification(), curvature=method or EKFAC(fisher="empirical")
-    )
 
 
 # Exact cases
@@ -188,86 +168,6 @@ def test_a_whole_corrected_edit_gives_the_weights_back():
         assert float(delta.abs().max()) < 1e-12
 
 
-# Deltas
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_what_is_applied_is_undone_to_the_last_bit(dtype, tmp_path):
-    torch.manual_seed(0)
-    fit = headwater.fit(
-        mlp().float().to(dtype),
-        TensorExamples(torch.randn(40, 5).to(dtype), torch.randint(3, (40,))),
-        Classification(),
-        curvature=KFAC(fisher="empirical"),
-    )
-    model = copy.deepcopy(fit.model)
-    before = copy.deepcopy(model.state_dict())
-    CurvatureEdit(keep_mass=0.5).edit(fit).save(tmp_path / "edit")
-    edit = WeightEdit.load(tmp_path / "edit")
-    edit.apply(model)
-    assert not torch.equal(model[0].weight, before["0.weight"])
-    assert torch.equal(model[0].bias, before["0.bias"])
-    edit.undo(model)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_the_delta_is_the_difference_of_the_weights():
-    fit = fitted()
-    edit = CurvatureEdit(keep_mass=0.5).edit(fit)
-    edited = edit.applied(fit.model)
-    difference = edited[0].weight.detach() - fit.model[0].weight.detach()
-    torch.testing.assert_close(edit.deltas["0.weight"], difference, rtol=0, atol=1e-15)
-    A, G = fit.curvature.factors("0")
-    expected, _ = edit_matrix(fit.model[0].weight.detach(), A[:-1, :-1], G, 0.5)
-    torch.testing.assert_close(edited[0].weight.detach(), expected, rtol=0, atol=1e-12)
-
-
-def test_an_edit_is_applied_once_and_undone_only_where_it_is_applied():
-    fit = fitted()
-    edit, model = CurvatureEdit(keep_mass=0.5).edit(fit), copy.deepcopy(fit.model)
-    with pytest.raises(ArtifactMismatch, match="is not applied"):
-        edit.undo(model)
-    edit.apply(model)
-    with pytest.raises(ArtifactMismatch, match="applied already"):
-        edit.apply(model)
-    with torch.no_grad():
-        model[0].weight[0, 0] += 1
-    with pytest.raises(ArtifactMismatch, match="not those the edit was made for"):
-        edit.undo(model)
-    with pytest.raises(ArtifactMismatch, match="no parameter"):
-        edit.apply(nn.Linear(2, 2))
-
-
-def test_edits_of_different_layers_compose_and_are_undone_in_any_order():
-    fit = fitted()
-    first, second = (CurvatureEdit(keep_mass=0.5, layers=(n,)).edit(fit) for n in ("0", "2"))
-    model = first.applied(fit.model)
-    second.apply(model)
-    whole = CurvatureEdit(keep_mass=0.5).edit(fit).applied(fit.model)
-    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in model.state_dict().items())
-    first.undo(model)
-    second.undo(model)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in fit.model.state_dict().items())
-
-
-def test_a_saved_edit_says_what_it_was_made_from_and_is_checked(tmp_path):
-    fit = fitted()
-    edit = CurvatureEdit(keep_mass=0.5).edit(fit)
-    edit.save(tmp_path / "edit")
-    found = WeightEdit.load(tmp_path / "edit")
-    assert found.facts["made_from"] == fit.made_from
-    assert found.facts["options"]["keep_mass"] == 0.5
-    assert found.facts["fisher"] == "empirical" and found.facts["passes"] == 0
-    assert found.table() == edit.table()
-    assert "0 passes beyond the fit" in repr(found)
-    file = next((tmp_path / "edit").glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ArtifactDamaged):
-        WeightEdit.load(tmp_path / "edit")
-
-
 # Refusals
 
 
@@ -328,43 +228,3 @@ def test_broken_factors_are_refused():
     fit.curvature.factor_eigenvalues["0"][0][0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         CurvatureEdit().edit(fit)
-
-
-# Baselines
-
-
-def test_truncation_keeps_the_greatest_singular_values():
-    fit = fitted()
-    edited = SVDTruncation(keep_rank=0.5).edit(fit).applied(fit.model)
-    for before, after in ((fit.model[0], edited[0]), (fit.model[2], edited[2])):
-        S = torch.linalg.svdvals(before.weight.detach())
-        kept = torch.linalg.svdvals(after.weight.detach())
-        rank = -(-len(S) // 2)
-        torch.testing.assert_close(kept[:rank], S[:rank], rtol=1e-12, atol=0)
-        assert float(kept[rank:].sum()) < 1e-12
-    whole = SVDTruncation(keep_rank=1.0).edit(fit)
-    assert all(float(d.abs().max()) == 0 for d in whole.deltas.values())
-    with pytest.raises(ValueError, match="keep_rank"):
-        SVDTruncation(keep_rank=0.0)
-
-
-def test_balanced_subnet_drops_the_weights_that_the_forget_set_needs():
-    # two halves of the input; the forget set lives in the second, the retain set in the first
-    model = nn.Sequential(nn.Linear(4, 2, bias=False)).double()
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[2.0, 1.0, 2.0, 1.0], [-2.0, -1.0, -2.0, -1.0]]))
-    x = torch.rand(40, 4).double() + 0.5
-    x[:20, 2:], x[20:, :2] = 0, 0
-    data = TensorExamples(x, torch.zeros(40, dtype=torch.int64))
-    fit = headwater.fit(model, data, Classification(), curvature=KFAC(fisher="empirical"))
-    before = model[0].weight.detach().clone()
-    edit = BalancedSubnet(sparsity=0.5).edit(
-        fit, forget=data.subset(range(20, 40)), retain=data.subset(range(20))
-    )
-    after = edit.applied(model)[0].weight
-    assert bool((after[:, 2:] == 0).all()) and torch.equal(after[:, :2], before[:, :2])
-    assert torch.equal(model[0].weight, before)
-    assert model[0].weight.requires_grad
-    assert edit.facts["passes"] == pytest.approx(5.0)  # five epochs over both halves
-    with pytest.raises(ValueError, match="needs neither"):
-        BalancedSubnet().edit(fit)
