@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "audit": "doubtful labels, odd inputs: what is wrong with the training data",
     "verify": "retrain without the named examples: predicted beside actual",
     "calibrate": "how sure one may be: hedged probabilities, claims with a bound on false ones",
+    "forget": "edit weights so that the model recites less, and take it back exactly",
     "bench": "measure attribution methods against retraining, on real data",
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",

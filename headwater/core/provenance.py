@@ -239,6 +239,27 @@ PAPERS: dict[str, str] = {
   pages={1281--1303},
   year={2020}
 }""",
+    "arXiv:2510.24256": """@article{merullo2025memorization,
+  title={From Memorization to Reasoning in the Spectrum of Loss Curvature},
+  author={Merullo, Jack and Vatsavaya, Srihita and Bushnaq, Lucius and Lewis, Owen},
+  journal={arXiv preprint arXiv:2510.24256},
+  year={2025}
+}""",
+    "arXiv:2410.02159": """@article{sakarvadia2024mitigating,
+  title={Mitigating Memorization in Language Models},
+  author={Sakarvadia, Mansi and Ajith, Aswathy and Khan, Arham and Hudson, Nathaniel and others},
+  journal={arXiv preprint arXiv:2410.02159},
+  year={2024}
+}""",
+    "doi:10.1007/BF02288367": """@article{eckart1936approximation,
+  title={The Approximation of One Matrix by Another of Lower Rank},
+  author={Eckart, Carl and Young, Gale},
+  journal={Psychometrika},
+  volume={1},
+  number={3},
+  pages={211--218},
+  year={1936}
+}""",
     "doi:10.1162/neco.1992.4.3.415": """@article{mackay1992bayesian,
   title={Bayesian Interpolation},
   author={MacKay, David J. C.},
