@@ -82,7 +82,7 @@ def join(parts: Parts) -> Float[Tensor, "batch pos dim"]:
 
 def split(x: Float[Tensor, "batch pos dim"], shapes: Sequence[tuple[int, ...]]) -> Parts:
     """Inverse of `join`."""
-    channels = [s[0] if len(s) > 2 else s[-1] for s in shapes]
+    channels = [s[0 if len(s) > 2 else len(s) - 1] for s in shapes]
     parts = []
     for part, shape in zip(x.split(channels, dim=-1), shapes, strict=True):
         if len(shape) > 2:

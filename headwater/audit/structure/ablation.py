@@ -107,10 +107,10 @@ class Ablation:
             panel.set_title(f"node layer {name}", fontsize=9)
             panel.set_xlabel(f"{self.kind} kept")
             panel.set_xscale("symlog", linthresh=1)
-        kept = self.base - self.tolerance if self.metric == "accuracy" else self.base
-        kept = kept if self.metric == "accuracy" else self.base + self.tolerance
+            panel.set_xlim(left=0)
+        allowed = -self.tolerance if self.metric == "accuracy" else self.tolerance
         for panel in axes[0]:
-            panel.axhline(kept, lw=0.8, color="0.6")
+            panel.axhline(self.base + allowed, lw=0.8, color="0.6")
         axes[0][0].set_ylabel(self.metric)
         axes[0][-1].legend(frameon=False, fontsize=8)
         return figure
@@ -214,7 +214,11 @@ def ablate(
         base=base,
         tolerance=tolerance,
         curves=tuple(curves),
-        facts={"sweeps": measure.sweeps, "n_examples": len(examples)},
+        facts={
+            "papers": ["arXiv:2405.10928"],
+            "sweeps": measure.sweeps,
+            "n_examples": len(examples),
+        },
     )
 
 

@@ -137,8 +137,9 @@ class InteractionBasis:
         artifact = Artifact.open(folder, kind="interaction-basis")
         tensors, layers = dict(artifact.tensors()), []
         for n, (name, n_neurons, rank, n_rows, constant) in enumerate(artifact.facts["layers"]):
-            parts = (tensors[f"{n}/{part}"] for part in ("C", "C_pinv", "weight"))
-            layers.append(NodeLayer(name, Directions(*parts, constant), n_neurons, rank, n_rows))
+            C, C_pinv, weight = (tensors[f"{n}/{part}"] for part in ("C", "C_pinv", "weight"))
+            directions = Directions(C, C_pinv, weight, constant)
+            layers.append(NodeLayer(name, directions, n_neurons, rank, n_rows))
         edges = [tensors[f"{n}/edges"] for n in range(len(layers)) if f"{n}/edges" in tensors]
         return cls(
             layers=tuple(layers),
@@ -342,6 +343,7 @@ def interaction_basis(
         chosen = local if edges == "jacobian" else along
         matrices = find.edges([x.directions for x in layers], chosen)
     facts = {
+        "papers": ["arXiv:2405.10928"],
         "made_from": {
             "model": fingerprint_model(fit.model),
             "data": examples.fingerprint(),

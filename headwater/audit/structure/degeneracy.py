@@ -245,6 +245,7 @@ def degeneracy(
         left_out=tuple(x.name for x in fit.followed if x.name not in names),
         passes=passes,
         facts={
+            "papers": ["arXiv:2405.10927"],
             "n_examples": len(examples),
             "damping": vars(chosen) if chosen else None,
             "soft": soft,

@@ -8,6 +8,7 @@ interact a little, about as many as the logarithm of the strength (Bushnaq et al
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -46,6 +47,12 @@ class InteractionGraph:
     floors: tuple[float, ...]
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What to cite for it."""
+        leiden = ["arXiv:1810.08473"] if self.method == "leiden" else []
+        return {"papers": ["arXiv:2405.10927", *leiden]}
+
+    @property
     def sizes(self) -> list[int]:
         """Nodes of each module."""
         return self.module.bincount().tolist()
@@ -65,23 +72,27 @@ class InteractionGraph:
         }
 
     def plot(self, *, most: int = 40):
-        """Node layers as columns, modules as colours; needs the extra `plots`.
+        """Node layers as columns, modules as colours, strong edges as thick lines; needs the extra `plots`.
 
         Args:
-            most: Nodes of a layer that are drawn: those with the strongest edges.
+            most: Nodes of a layer that are drawn: those with the strongest edges. Nodes without edges are not.
         """
         pyplot = require("matplotlib.pyplot", extra="plots")
         figure, axes = pyplot.subplots(
             figsize=(1.9 * len(self.layers) + 0.8, 4.2), layout="constrained"
         )
         strength = self.weights.sum(1)
-        place: dict[int, tuple[float, float]] = {}
+        columns = []
         for column in range(len(self.layers)):
-            nodes = (self.layer == column).nonzero().squeeze(1)
+            nodes = ((self.layer == column) & (strength > 0)).nonzero().squeeze(1)
             nodes = nodes[strength[nodes].argsort(descending=True)][:most].tolist()
-            nodes.sort(key=lambda n: (int(self.module[n]), int(self.index[n])))
-            for row, node in enumerate(nodes):
-                place[node] = float(column), (row + 0.5) / len(nodes)
+            columns.append(sorted(nodes, key=lambda n: (int(self.module[n]), int(self.index[n]))))
+        rows = max(map(len, columns))
+        place = {
+            node: (float(x), (rows - len(nodes)) / 2 + y)
+            for x, nodes in enumerate(columns)
+            for y, node in enumerate(nodes)
+        }
         colours, other = pyplot.get_cmap("tab10"), "0.75"
         sizes = self.sizes
 
@@ -111,7 +122,14 @@ class InteractionGraph:
                 color=colour(int(self.module[node])),
                 zorder=3,
             )
-        axes.set_xticks(range(len(self.layers)), self.layers)
+        hidden = self.layer.bincount(minlength=len(self.layers)) - torch.tensor(
+            [len(nodes) for nodes in columns]
+        )
+        names = [
+            f"{name}\n+{n} not drawn" if n else name
+            for name, n in zip(self.layers, hidden.tolist(), strict=True)
+        ]
+        axes.set_xticks(range(len(self.layers)), names)
         axes.set_xlabel("node layer")
         axes.set_yticks([])
         axes.spines[["left", "right", "top"]].set_visible(False)

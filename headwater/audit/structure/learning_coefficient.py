@@ -16,6 +16,7 @@ A model whose Hessian has full rank d has $\lambda = d / 2$; every direction tha
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,11 @@ class LearningCoefficient:
     n: int
     n_parameters: int
     passes: float
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What to cite for it."""
+        return {"papers": ["arXiv:2308.12108"]}
 
     @property
     def drift(self) -> float:

@@ -155,6 +155,15 @@ def test_edge_weights_count_decades_above_the_floor():
     torch.testing.assert_close(weights, torch.tensor([[2.0, 0.0], [0.0, 0.0]]).double())
 
 
+def test_results_say_what_to_cite():
+    fit = classifier(60)
+    found = interaction_basis(fit)
+    nodes = ablate(fit, found, "nodes", points=2)
+    graph = interaction_graph(found, floor=1e-6, method="spectral")
+    for result, key in ((found, "local"), (nodes, "local"), (graph, "degeneracy")):
+        assert f"bushnaq2024{key}" in headwater.cite(result)
+
+
 def test_pictures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     fit = classifier(60)
