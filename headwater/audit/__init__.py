@@ -8,6 +8,8 @@ Audit: what is wrong with data or a model, each finding with its evidence.
 
 Memorization: which passages a model recites, which wrong labels it has kept, and along which directions of its weights
 it is more active on what it has learnt by heart.
+
+Audit: what is wrong with the data or the model, each finding with its evidence.
 """
 
 from headwater.audit.base import (

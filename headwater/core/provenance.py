@@ -260,6 +260,32 @@ PAPERS: dict[str, str] = {
   pages={211--218},
   year={1936}
 }""",
+    "arXiv:2405.10927": """@article{bushnaq2024degeneracy,
+  title={Using Degeneracy in the Loss Landscape for Mechanistic Interpretability},
+  author={Bushnaq, Lucius and Mendel, Jake and Heimersheim, Stefan and Braun, Dan and others},
+  journal={arXiv preprint arXiv:2405.10927},
+  year={2024}
+}""",
+    "arXiv:2405.10928": """@article{bushnaq2024local,
+  title={The Local Interaction Basis: Identifying Computationally-Relevant and Sparsely Interacting Features in
+         Neural Networks},
+  author={Bushnaq, Lucius and Heimersheim, Stefan and Goldowsky-Dill, Nicholas and Braun, Dan and others},
+  journal={arXiv preprint arXiv:2405.10928},
+  year={2024}
+}""",
+    "arXiv:1810.08473": """@article{traag2019leiden,
+  title={From {L}ouvain to {L}eiden: Guaranteeing Well-Connected Communities},
+  author={Traag, Vincent A. and Waltman, Ludo and van Eck, Nees Jan},
+  journal={Scientific Reports},
+  volume={9},
+  year={2019}
+}""",
+    "arXiv:2308.12108": """@article{lau2023quantifying,
+  title={The Local Learning Coefficient: A Singularity-Aware Complexity Measure},
+  author={Lau, Edmund and Furman, Zach and Wang, George and Murfet, Daniel and Wei, Susan},
+  journal={arXiv preprint arXiv:2308.12108},
+  year={2023}
+}""",
     "doi:10.1162/neco.1992.4.3.415": """@article{mackay1992bayesian,
   title={Bayesian Interpolation},
   author={MacKay, David J. C.},
