@@ -269,7 +269,7 @@ class GateRecorder:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = first_tensor(args, kwargs)
-        if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if not _transformed(x):
             self.inputs, self.slopes = x.detach(), {}
 
     def _hook(self, name: str):
@@ -277,12 +277,17 @@ class GateRecorder:
 
         def hook(module: nn.Module, args: tuple) -> None:
             s = args[0]
-            if torch._C._functorch.is_functorch_wrapped_tensor(s):
+            if _transformed(s):
                 return
             calls[0] = calls[0] + 1 if name in self.slopes else 0
             self.slopes[call_name(name, calls[0])] = slope(module, s.detach())
 
         return hook
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether a transform of `torch.func` is running: then the pass is not the batch's own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
 
 
 def flipped(before: Gates, after: Gates) -> tuple[int, int]:
