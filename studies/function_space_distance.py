@@ -50,11 +50,11 @@ TASKS = ((0, 1, 2), (3, 4, 5), (6, 7, 8))
 WEIGHTS = {
     "none": (0.0,),
     "function-space": (0.1, 1.0, 10.0, 100.0),
-    "function-space, by class": (0.1, 1.0, 10.0, 100.0),
-    "ewc": (1.0, 10.0, 100.0, 1000.0, 10_000.0),
-    "k-fac": (0.1, 1.0, 10.0, 100.0, 1000.0),
-    "stored": (0.1, 1.0, 10.0, 100.0),
-    "replay": (0.1, 1.0, 10.0),
+    "function-space, by class": (0.1, 1.0, 10.0),
+    "ewc": (100.0, 1000.0, 10_000.0),
+    "k-fac": (1.0, 10.0, 100.0),
+    "stored": (1.0, 10.0),
+    "replay": (1.0,),  # old and new examples count alike
 }
 
 
@@ -268,9 +268,9 @@ def mislabel_figures(plan: Plan, seed: int) -> Figures:
     for name, other in agree.items():
         rank = spearman(of_data.values.double(), other.values.double())
         found[f"influence, {name}"] = {"spearman": float(rank.nanmean())}
-    some = torch.randperm(len(data), generator=generator)[:30].tolist()
+    some = torch.randperm(len(data), generator=generator)[:8].tolist()
     few = TensorExamples(*(t[:10] for t in test.tensors))
-    response = Proximal(**rates)
+    response = Proximal(steps=40, tolerance=1e-2, **rates)
     exact = response.attribute(dual, few, among=some).values.double()
     free = response.attribute(dual, few, among=some, distance=distance).values.double()
     linear = of_data.values[:10][:, some].double()
