@@ -30,6 +30,26 @@ PAPERS: dict[str, str] = {
   journal={arXiv preprint arXiv:1906.02353},
   year={2019}
 }""",
+    "arXiv:2302.03519": """@inproceedings{dhawan2023efficient,
+  title={Efficient Parametric Approximations of Neural Network Function Space Distance},
+  author={Dhawan, Nikita and Huang, Sicong and Bae, Juhan and Grosse, Roger},
+  booktitle={International Conference on Machine Learning},
+  year={2023}
+}""",
+    "arXiv:2209.05364": """@inproceedings{bae2022if,
+  title={If Influence Functions are the Answer, Then What is the Question?},
+  author={Bae, Juhan and Ng, Nathan and Lo, Alston and Ghassemi, Marzyeh and Grosse, Roger},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2022}
+}""",
+    "arXiv:1612.00796": """@article{kirkpatrick2017overcoming,
+  title={Overcoming Catastrophic Forgetting in Neural Networks},
+  author={Kirkpatrick, James and Pascanu, Razvan and Rabinowitz, Neil and Veness, Joel and others},
+  journal={Proceedings of the National Academy of Sciences},
+  volume={114},
+  number={13},
+  year={2017}
+}""",
     "arXiv:1703.04730": """@inproceedings{koh2017understanding,
   title={Understanding Black-box Predictions via Influence Functions},
   author={Koh, Pang Wei and Liang, Percy},
