@@ -11,20 +11,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    )
+    from headwater import (
+        adapt,
         audit,
         calibrate,
         core,
         curate,
         data,
         forget,
-    from headwater import (
-    from headwater import adapt, core, curate, data, models, numerics, report, trace, training
         models,
         numerics,
         report,
         trace,
         training,
+    )
     from headwater.core.examples import Examples, TensorExamples
     from headwater.core.fit import fit, load
     from headwater.core.provenance import cite

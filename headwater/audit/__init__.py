@@ -1,15 +1,12 @@
-"""Audit: what is wrong with the training data, read off the fit that attribution uses.
+"""Audit: what is wrong with the data or the model, each finding with its evidence and what it cost.
 
-`Mislabels` ranks examples by how doubtful their labels are. What it finds is a table whose columns users of cleanlab
-recognise, with the cost of each part in passes beyond the fit, and a change set that
+`audit` reads the fit that attribution uses and gives a table whose columns users of cleanlab recognise: `Mislabels`
+ranks examples by how doubtful their labels are, `Outliers` inputs by how unlike the others they are. A random sample
+that a person verified puts error control on it (`controlled`), and what is found becomes a change set that
 `headwater.training.verify.verify` takes.
 
-Audit: what is wrong with data or a model, each finding with its evidence.
-
 Memorization: which passages a model recites, which wrong labels it has kept, and along which directions of its weights
-it is more active on what it has learnt by heart.
-
-Audit: what is wrong with the data or the model, each finding with its evidence.
+it is more active on what it has learnt by heart. `headwater.audit.structure`: which directions of the weights do nothing.
 """
 
 from headwater.audit.base import (
@@ -24,6 +21,7 @@ from headwater.audit.confident import (
     label_quality,
     out_of_fold,
 )
+from headwater.audit.control import Verified, controlled, write_sheet
 from headwater.audit.memorization import (
     LabelMemory,
     Recitation,
@@ -54,6 +52,8 @@ from headwater.audit.mislabel import (
     combined_suspicion,
     measure_all,
 )
+from headwater.audit.outliers import Outliers, outside
+from headwater.audit.report import SECTIONS, audit
 from headwater.audit.subject import (
     Outlook,
     Subject,
@@ -64,6 +64,7 @@ __all__ = [
     "AUM",
     "EL2N",
     "MEASURES",
+    "SECTIONS",
     "Auditor",
     "Confidence",
     "ConfidentLearning",
@@ -77,6 +78,7 @@ __all__ = [
     "Measure",
     "Mislabels",
     "NeighbourDisagreement",
+    "Outliers",
     "Outlook",
     "Passes",
     "Perplexity",
@@ -87,15 +89,20 @@ __all__ = [
     "Subject",
     "Table",
     "Variability",
+    "Verified",
+    "audit",
     "combined_suspicion",
     "confidently_other",
+    "controlled",
     "label_memory",
     "label_quality",
     "measure_all",
     "out_of_fold",
     "outlook",
+    "outside",
     "perplexity",
     "recitation",
     "recited_examples",
     "spectrum",
+    "write_sheet",
 ]
