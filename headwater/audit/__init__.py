@@ -6,7 +6,7 @@ that a person verified puts error control on it (`controlled`), and what is foun
 `headwater.training.verify.verify` takes.
 
 Memorization: which passages a model recites, which wrong labels it has kept, and along which directions of its weights
-it is more active on what it has learnt by heart. `headwater.audit.structure`: which directions of the weights do nothing.
+it is more active on what it has learnt by heart. Structure: which directions of the weights do nothing.
 """
 
 from headwater.audit.base import (
@@ -40,6 +40,7 @@ from headwater.audit.mislabel import (
     ConfidentLearning,
     ExampleLoss,
     Forgetting,
+    FunctionSpace,
     GraNd,
     IFComplexity,
     Margin,
@@ -71,6 +72,7 @@ __all__ = [
     "ExampleLoss",
     "Findings",
     "Forgetting",
+    "FunctionSpace",
     "GraNd",
     "IFComplexity",
     "LabelMemory",

@@ -28,9 +28,12 @@ from headwater.core.capture import Progress
 from headwater.core.curvature import EKFAC
 from headwater.core.damping import Damping
 from headwater.core.fit import Fit
+from headwater.core.function_space import GateError, function_space_distance
+from headwater.core.function_space.gates import activations
 from headwater.core.tempering import fit_at_temperature
 from headwater.numerics.ranks import average_ranks
 from headwater.trace.influence import Influence
+from headwater.trace.proximal import mislabel_scores
 from headwater.training.trajectory import Trajectory
 
 Side = Literal["high", "low"]
@@ -129,6 +132,41 @@ class IFComplexity(Measure):
             return complexity(fit, subject.fit.train, top=top, progress=subject.progress)
 
         return subject.once((self.name, self), Passes(backward=2 + top), make)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionSpace(Measure):
+    """Self-influence against a function-space distance in place of the data's curvature (LAFTR).
+
+    Dhawan, Huang, Bae and Grosse (2023), arXiv:2302.03519; see `headwater.trace.proximal.mislabel_scores`.
+
+    Args:
+        n_samples: Inputs that the distance draws.
+    """
+
+    name: ClassVar[str] = "laftr"
+    title: ClassVar[str] = "LAFTR self-influence"
+    paper: ClassVar[str] = "arXiv:2302.03519"
+
+    n_samples: int = 200
+
+    def missing(self, subject: Subject) -> str:
+        if not subject.classes:
+            return NO_CLASS
+        try:
+            activations(subject.fit.model)
+        except GateError:
+            return "needs a network of affine layers and ReLUs"
+        return ""
+
+    def measure(self, subject: Subject) -> Float[Tensor, " train"]:
+        fit, progress = subject.fit, subject.progress
+
+        def make() -> Tensor:
+            distance = function_space_distance(fit, n_samples=self.n_samples, progress=progress)
+            return mislabel_scores(fit, distance, progress=progress)
+
+        return subject.once((self.name, self), Passes(forward=1, backward=1), make).double()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,6 +383,7 @@ class NeighbourDisagreement(Measure):
 MEASURES: tuple[Measure, ...] = (
     SelfInfluence(),
     IFComplexity(),
+    FunctionSpace(),
     ExampleLoss(),
     Margin(),
     EL2N(),

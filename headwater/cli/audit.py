@@ -43,6 +43,7 @@ class Audit:
         issues: Mark so many labels, in place of the number that the probabilities suggest.
         measures: Names of the measures to take; every one that can be taken when left out.
         combine: Names of the measures whose ranks are averaged.
+        sections: What else to look at: outliers, memorization (of texts), structure (of the weights).
         neighbours: Nearest neighbours that are looked at.
         name: Name of the audit in the run folder.
         top: Examples of each section that are printed.
@@ -61,6 +62,7 @@ class Audit:
     issues: int | None = None
     measures: tuple[str, ...] = ()
     combine: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ("outliers", "memorization")
     neighbours: int = 10
     name: str = "audit"
     top: int = 10
@@ -250,6 +252,7 @@ def _measure(command: Audit, *, quiet: bool) -> "Findings":
             labels=labels,
             trajectories=_trajectories(command, beside),
             probabilities=_probabilities(command.out_of_fold),
+            sections=command.sections,
             progress=progress,
         )
 

@@ -175,8 +175,9 @@ def test_passes_are_counted_once_however_many_measures_read_them(subject):
     assert found["grand"].passes == found["self_influence"].passes == Passes(backward=1)
     assert found["neighbours"].passes == Passes(forward=1)
     assert found["if_comp"].passes == Passes(backward=2 + 2)  # its own fit, and two classes
-    # the fitted model, three checkpoints, the representations; self-influence, GraNd and IF-COMP
-    assert subject.paid == Passes(forward=5, backward=6)
+    assert found["laftr"].passes == Passes(forward=1, backward=1)
+    # the fitted model, three checkpoints, the representations, gates; self-influence, GraNd, IF-COMP and LAFTR
+    assert subject.paid == Passes(forward=6, backward=7)
     assert set(missed) == {"perplexity", "confident_learning"}
     assert "out-of-fold" in missed["confident_learning"]
 
