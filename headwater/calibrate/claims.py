@@ -27,6 +27,7 @@ from fractions import Fraction
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -38,6 +39,7 @@ from headwater.numerics.ranks import average_ranks
 Suspicious = Literal["high", "low"]
 
 _NOT_RANDOM = 1e-4  # a draw this improbable was no random draw
+_DRAW = 0x64726177  # tells this stream from others with the same seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,7 +384,9 @@ def draw_sample(n_examples: int, n: int, *, seed: int = 0) -> Int[Tensor, " n"]:
     """
     if not 1 <= n <= n_examples:
         raise ValueError(f"Expected 1 to {n_examples} examples to draw; got {n}.")
-    return torch.randperm(n_examples, generator=torch.Generator().manual_seed(seed))[:n]
+    # A stream of its own: torch's would shuffle as whoever else was seeded with the same number did.
+    stream = np.random.default_rng([seed, n_examples, _DRAW])
+    return torch.from_numpy(stream.permutation(n_examples)[:n])
 
 
 def _signed(scores: Float[Tensor, " some"], suspicious: Suspicious) -> Float[Tensor, " some"]:
