@@ -24,5 +24,7 @@ def test_the_study_keeps_promises_and_compares():
     assert results["digits numbers"][5][0].claims > 0
     worlds = results["simulated"]
     assert worlds == simulated(plan, said.append)
-    assert all(t["selection"].broken / 150 <= 0.1 + 3 * (0.09 / 150) ** 0.5 for t in worlds.values())
+    assert all(
+        t["selection"].broken / 150 <= 0.1 + 3 * (0.09 / 150) ** 0.5 for t in worlds.values()
+    )
     assert "conformal selection" in "\n".join(said)
