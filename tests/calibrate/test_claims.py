@@ -240,6 +240,19 @@ def test_nothing_is_claimed_without_enough_evidence_and_it_says_what_would_be():
     assert len(none) == 0 and "no score is beyond" in none.sentence
 
 
+def test_fewer_claims_than_eta_are_called_no_claims():
+    scores, bad = torch.randn(300).double(), torch.zeros(300, dtype=torch.bool)
+    told = set()
+    for seed in range(20):
+        verified = draw_sample(300, 200, seed=seed)
+        found = select(scores, verified, bad[verified], eta=6)
+        if 0 < len(found) <= 6:
+            told.add("no more can be said than that all may be right" in found.sentence)
+        else:
+            assert "all may be right" not in found.sentence
+    assert told == {True}
+
+
 def test_a_draw_by_score_is_noticed():
     scores, bad = world(0)
     worst = scores.topk(100).indices
@@ -271,6 +284,7 @@ def test_a_selection_of_thousands_is_fast():
         ({"eta": -1}, "0 or more and below 6"),
         ({"eta": 6}, "0 or more and below 6"),
         ({"eta": None, "share": 1.0}, "between 0 and 1"),
+        ({"eta": None, "share": math.nan}, "between 0 and 1"),
         ({"alpha": 1.0}, "between 0 and 1"),
         ({"verified": [0, 0, 1, 2]}, "verified twice"),
         ({"verified": [0, 1, 2, 10]}, "numbers from 0 to 9; got 0 to 10"),
