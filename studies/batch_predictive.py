@@ -8,7 +8,8 @@ Two questions, of Lee, Tchetgen Tchetgen and Dobriban (2024), arXiv:2409.13990, 
 - claims: a tenth of the labels of real digits is made wrong; every image gets the margin by which kernel ridge
   regression, fitted on other folds, prefers another label. How many wrong labels are claimed, and how often are there
   more false claims than promised; beside conformal selection (Jin and Candès 2023, arXiv:2210.01408), which
-  controls the expected share of false claims, and beside choosing a threshold after counting the claims.
+  controls the expected share of false claims, and beside choosing a threshold after counting the claims. The same in
+  worlds that are simulated.
 
 Everything is random only through splits and draws of labels, so that intervals are over those (Wilson, 95 %).
 
@@ -19,6 +20,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,6 +48,7 @@ class Plan:
         splits: Random splits of each regression set.
         noises: Draws of wrong labels.
         draws: Draws of verified examples for each of those.
+        runs: Repetitions of each simulated world.
         wrong: Share of wrong labels.
         images: Sets of images.
     """
@@ -53,6 +56,7 @@ class Plan:
     splits: int = 300
     noises: int = 5
     draws: int = 100
+    runs: int = 4000
     wrong: float = 0.1
     images: tuple[str, ...] = ("digits", "mnist")
 
@@ -143,7 +147,7 @@ def coverage(plan: Plan, say: Callable[[str], None]) -> dict[str, tuple[int, int
 
 def wrong_labels(y: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Labels of which a share was replaced by other ones, and which."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(10**6 + seed)
     bad = torch.zeros(len(y), dtype=torch.bool)
     bad[torch.randperm(len(y), generator=generator)[: round(share * len(y))]] = True
     moved = (y + torch.randint(1, 10, (len(y),), generator=generator)) % 10
@@ -156,7 +160,7 @@ def flag_scores(x: Tensor, labels: list[Tensor], folds: int = 5) -> list[Tensor]
     squares = x.square().sum(1)
     distance = (squares[:, None] + squares - 2 * x @ x.T).clamp(min=0)
     kernel = (-distance / (0.5 * distance.mean())).exp()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(99))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(10**7))
     targets = torch.cat([torch.nn.functional.one_hot(y, 10).double() - 0.1 for y in labels], 1)
     outputs = torch.empty_like(targets)
     for held in order.tensor_split(folds):
@@ -266,28 +270,13 @@ def shares(
     total = len(sets[0][0])
     for among, n in ((total, 500), (total // 4, 200)):
         for share in (0.05, 0.1, 0.2):
-            m = among - n
-            ranks = [rank_quantile(n, m, m - eta, alpha)[0] for eta in range(int(share * m))]
-            tallies = {k: Tally() for k in ("selection", "counted first", "conformal selection")}
+            tallies = {method: Tally() for method in METHODS}
             for noise, (scores, bad) in enumerate(sets):
                 pool = scores.topk(among).indices
                 s, b = scores[pool], bad[pool]
                 for draw in range(plan.draws):
                     verified = draw_sample(among, n, seed=1000 * noise + draw)
-                    others = torch.ones(among, dtype=torch.bool).index_fill(0, verified, False)
-                    right = s[verified].masked_fill(b[verified], -math.inf).sort().values
-                    chosen = {
-                        "selection": select(s, verified, b[verified], share=share).selected,
-                        "counted first": others & (s > searched(s[others], right, ranks, share)),
-                        "conformal selection": torch.zeros_like(others),
-                    }
-                    chosen["conformal selection"][others] = conformal_selection(
-                        s[others], right, share
-                    )
-                    for method, claims in chosen.items():
-                        k, false = int(claims.sum()), int((claims & ~b).sum())
-                        wrong = int((b & others).sum())
-                        tallies[method].add(k, false, wrong, false > share * k)
+                    judge(tallies, s, b, verified, share, alpha)
             where = "all" if among == total else f"the {among:,} most suspicious"
             promise = f"at most {share:.0%} false, 95 %; {n} verified of {where}"
             for method, tally in tallies.items():
@@ -297,14 +286,66 @@ def shares(
     return results
 
 
-def searched(scores: Tensor, right: Tensor, ranks: list[int], share: float) -> float:
+METHODS = ("selection", "counted first", "conformal selection")
+
+
+def judge(
+    tallies: dict[str, Tally], s: Tensor, b: Tensor, verified: Tensor, share: float, alpha: float
+) -> None:
+    """Add what each method does with one draw to its tally."""
+    others = torch.ones(len(s), dtype=torch.bool).index_fill(0, verified, False)
+    right = s[verified].masked_fill(b[verified], -math.inf).sort().values
+    chosen = {
+        "selection": select(s, verified, b[verified], share=share, alpha=alpha).selected,
+        "counted first": others & (s > searched(s[others], right, share, alpha)),
+        "conformal selection": torch.zeros_like(others),
+    }
+    chosen["conformal selection"][others] = conformal_selection(s[others], right, share)
+    for method, claims in chosen.items():
+        k, false = int(claims.sum()), int((claims & ~b).sum())
+        tallies[method].add(k, false, int((b & others).sum()), false > share * k)
+
+
+@cache
+def thresholds(n: int, m: int, most: int, alpha: float) -> Tensor:
+    """Ranks of thresholds that each bound 0, 1, … false claims, every one for itself."""
+    return torch.tensor([rank_quantile(n, m, m - eta, alpha)[0] for eta in range(most)])
+
+
+def searched(scores: Tensor, right: Tensor, share: float, alpha: float) -> float:
     """The lowest threshold of those with a bound of their own whose list is long enough: chosen after counting."""
-    rank = torch.tensor(ranks)
+    rank = thresholds(len(right), len(scores), int(share * len(scores)), alpha)
     finite = rank <= len(right)
-    thresholds = right[rank[finite] - 1]
-    lists = len(scores) - torch.searchsorted(scores.sort().values, thresholds, right=True)
-    long = torch.arange(len(ranks))[finite] <= share * lists
-    return float(thresholds[long].min()) if long.any() else math.inf
+    limits = right[rank[finite] - 1]
+    lists = len(scores) - torch.searchsorted(scores.sort().values, limits, right=True)
+    long = torch.arange(len(rank))[finite] <= share * lists
+    return float(limits[long].min()) if long.any() else math.inf
+
+
+WORLDS = {
+    "nothing is wrong": (0.0, 0.0, 0.5),
+    "half are wrong, and scores say nothing": (0.5, 0.0, 0.5),
+    "a fifth are wrong, and scores overlap": (0.2, 2.0, 0.2),
+    "a fifth are wrong, and scores tell them well": (0.2, 4.0, 0.1),
+}
+
+
+def simulated(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Tally]]:
+    """How often promises about a share are broken in worlds that are known: 400 examples, 200 of them verified."""
+    alpha, results = 0.1, {}
+    for name, (wrong, gap, share) in WORLDS.items():
+        tallies = {method: Tally() for method in METHODS}
+        for run in range(plan.runs):
+            generator = torch.Generator().manual_seed(10**8 + run)
+            b = torch.rand(400, generator=generator) < wrong
+            s = torch.randn(400, generator=generator, dtype=torch.float64) + gap * b
+            judge(tallies, s, b, draw_sample(400, 200, seed=run), share, alpha)
+        for method, tally in tallies.items():
+            first = method == METHODS[0]
+            promise = f"at most {share:.0%} false, 90 %"
+            say(row(name if first else "", promise if first else "", method, *tally.cells()))
+        results[name] = tallies
+    return results
 
 
 def curve(name: str, scores: Tensor, bad: Tensor, say: Callable[[str], None]) -> None:
@@ -341,6 +382,10 @@ def main(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, dict]:
     for name, sets in prepared.items():
         results[f"{name} numbers"] = numbers(plan, name, sets, say)
         results[f"{name} shares"] = shares(plan, name, sets, say)
+    say("")
+    say(row("world", *HEADER[1:]))
+    say(row(*["---"] * len(HEADER)))
+    results["simulated"] = simulated(plan, say)
     for name, sets in prepared.items():
         say("")
         curve(name, *sets[0], say)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -43,6 +44,7 @@ Bounds = float | tuple[float, ...]
 
 _EXACT_WORK = 1_000_000_000  # additions and comparisons for the greatest mean
 _STEPS = 12  # halvings for the level of several quantiles
+_ACCEPT = 0x6B656570  # tells this stream from others with the same seed
 _AROUND = ("coverage", "mean")  # of which predictions can be the middle
 
 
@@ -466,8 +468,8 @@ def accept_shifted(
             "guarantee is approximate. Raise the bound.",
             stacklevel=2,
         )
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(len(ratios), generator=generator, dtype=torch.float64)
+    # A stream of its own: torch's would repeat what made the scores, were that seeded with the same number.
+    draws = torch.from_numpy(np.random.default_rng([seed, _ACCEPT]).random(len(ratios)))
     return draws < (ratios.double().cpu() / bound)
 
 

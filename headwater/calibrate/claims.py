@@ -27,6 +27,7 @@ from fractions import Fraction
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -38,6 +39,7 @@ from headwater.numerics.ranks import average_ranks
 Suspicious = Literal["high", "low"]
 
 _NOT_RANDOM = 1e-4  # a draw this improbable was no random draw
+_DRAW = 0x64726177  # tells this stream from others with the same seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,8 @@ class Selection:
         share: Share of false claims that was allowed, or None.
         alpha: Probability of more than that.
         false_at_most: With probability 1 - alpha or more no more of the claims are false.
-        exact_level: Probability of more false claims, were every unverified example right: no more than alpha.
+        exact_level: Probability, over draws, of more than eta false claims if no scores are tied; for a share, that any
+            bound on a list fails. No more than alpha.
         suspicious: Which end of the scores is suspicious.
         draw_p_value: How probable verified scores as unlike the others would be in a random draw.
         reason: Why nothing is claimed.
@@ -108,6 +111,10 @@ class Selection:
             return f"No further example is claimed to be wrong: {self.reason}. {seen}"
         confidence = f"with {_percent(1 - decimal(self.alpha))} confidence"
         most, claims = self.false_at_most, len(self)
+        if most == claims:
+            are = "1 example is" if claims == 1 else f"{claims:,} examples are"
+            unsaid = f"{confidence} no more can be said than that all may be right"
+            return f"{are} beyond the threshold, and {unsaid}. {seen}"
         if self.share is None:
             promise = f"at most {most:,} of them {_are(most)} false claims"
         else:
@@ -181,15 +188,14 @@ class ClaimCurve:
         """
         asked = selected.clone()
         asked[self.verified] = False
-        own = _signed(self.scores[asked], self.suspicious)
-        others = (own[:, None] <= _signed(self.thresholds, self.suspicious)).sum(0)
-        bounds = self.false_at_most + others
+        own = _signed(self.scores[asked].double(), self.suspicious)
+        limits = _signed(self.thresholds, self.suspicious)
+        bounds = self.false_at_most + torch.searchsorted(own.sort().values, limits, right=True)
         return min(int(asked.sum()), *bounds.tolist())
 
     def select(self, share: float) -> Selection:
         """The longest list of the most suspicious examples with at most this share of false claims."""
-        if not 0 < share < 1:
-            raise ValueError(f"share must lie between 0 and 1; got {share}. 0.1 is 10 %.")
+        _check_share(share)
         signed = _signed(self.scores, self.suspicious)
         candidates = _unverified(len(signed), self.verified)
         ordered = signed[candidates].sort(descending=True).values
@@ -264,8 +270,8 @@ def select(
         scores: A score of every example.
         verified: Numbers of the examples that were looked at, drawn at random from all of them (`draw_sample`).
         wrong: What was found.
-        eta: How many false claims there may be, or
-        share: what share of the claims may be false.
+        eta: Most false claims that there may be.
+        share: Most of the claims that may be false, as a share of them.
         alpha: Probability of more: 0.05 is 95 % confidence.
         suspicious: "high" where large scores are suspicious, as influence on oneself is; "low" for a quality such as a
             label score.
@@ -290,6 +296,7 @@ def select(
             f"Give eta, a number of false claims, or share, a share of them; got eta {eta} and share {share}."
         )
     if share is not None:
+        _check_share(share)
         most = math.floor(decimal(share) * (len(scores) - len(verified)))
         curve = claim_curve(scores, verified, wrong, alpha=alpha, suspicious=suspicious, most=most)
         return curve.select(share)
@@ -382,7 +389,14 @@ def draw_sample(n_examples: int, n: int, *, seed: int = 0) -> Int[Tensor, " n"]:
     """
     if not 1 <= n <= n_examples:
         raise ValueError(f"Expected 1 to {n_examples} examples to draw; got {n}.")
-    return torch.randperm(n_examples, generator=torch.Generator().manual_seed(seed))[:n]
+    # A stream of its own: torch's would shuffle as whoever else was seeded with the same number did.
+    stream = np.random.default_rng([seed, n_examples, _DRAW])
+    return torch.from_numpy(stream.permutation(n_examples)[:n])
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie between 0 and 1; got {share}. 0.1 is 10 %.")
 
 
 def _signed(scores: Float[Tensor, " some"], suspicious: Suspicious) -> Float[Tensor, " some"]:

@@ -75,8 +75,8 @@ class Select(Table):
     Args:
         verified: CSV, Parquet or JSONL with the ids that were drawn and what was found.
         wrong: Its column of outcomes: yes or no, true or false, 1 or 0.
-        eta: How many false claims there may be, or
-        share: what share of the claims may be false.
+        eta: Most false claims that there may be.
+        share: Most of the claims that may be false, as a share of them: 0.1 is 10 %.
         alpha: Probability of more: 0.05 is 95 % confidence.
         out: The table to write, CSV or Parquet; beside the scores when left out.
         json: Print the result as JSON.
@@ -117,11 +117,12 @@ def draw(command: Draw) -> int:
     chosen = draw_sample(len(pool.ids), command.n, seed=command.seed).tolist()
     hidden = {command.id, _score_column(command, pool.rows), "wrong"}
     others = [name for name in pool.rows[0][1] if name not in hidden]
-    columns: dict[str, list] = {"id": [pool.ids[i] for i in chosen], "wrong": [""] * len(chosen)}
+    ids = [pool.ids[i] for i in chosen]
+    columns: dict[str, list] = {command.id: ids, "wrong": [""] * len(chosen)}
     columns |= {name: [pool.rows[i][1].get(name) for i in chosen] for name in others}
     _write(command.out, columns)
     if command.json:
-        emit_json({"ids": columns["id"], "of": len(pool.ids), "out": command.out})
+        emit_json({"ids": ids, "of": len(pool.ids), "out": command.out})
         return 0
     say(
         f"{command.n:,} of {len(pool.ids):,} examples drawn; fill in the column wrong of {command.out}."
@@ -146,13 +147,15 @@ def select(command: Select) -> int:
         suspicious=pool.suspicious,
     )
     out = command.out or command.scores.with_name(f"{command.scores.stem}-claims.csv")
-    columns = {"id": pool.ids} | found.table()
+    columns = {command.id: pool.ids} | found.table()
     order = sorted(range(len(pool.ids)), key=pool.scores.__getitem__)
     order = order if pool.suspicious == "low" else order[::-1]
     columns = {name: [values[i] for i in order] for name, values in columns.items()}
     _write(out, columns)
     if command.json:
-        claimed = [i for i, yes in zip(columns["id"], columns["selected"], strict=True) if yes]
+        claimed = [
+            i for i, yes in zip(columns[command.id], columns["selected"], strict=True) if yes
+        ]
         emit_json({"sentence": found.sentence} | _plain(found) | {"ids": claimed, "out": out})
         return 0
     print(found.sentence)
