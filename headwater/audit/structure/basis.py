@@ -49,6 +49,7 @@ Basis = Literal["lib", "pca", "neuron"]
 Formula = Literal["jacobian", "integrated", "(1-0)*alpha"]
 EdgeFormula = Literal["jacobian", "integrated"]
 _AT_ONCE = 1 << 22  # numbers of gradients held at a time
+_WIDEST = 8193  # activations with their constant
 
 
 @dataclass(frozen=True)
@@ -419,6 +420,12 @@ class _Finder:
         counts = [0] * len(sums)
         for _, _, found in self.over("activations"):
             for number, layer in enumerate(found):
+                if layer.f.shape[-1] > _WIDEST:
+                    raise ValueError(
+                        f"Node layer {self.sections.names[number]!r} has {layer.f.shape[-1] - 1:,} activations, whose "
+                        f"second moment does not fit; {_WIDEST - 1:,} do. Choose narrower node layers, or let the task "
+                        "predict from fewer outputs."
+                    )
                 rows = layer.rows().double()
                 sums[number] = sums[number] + rows.mT @ rows
                 counts[number] += len(rows)

@@ -343,6 +343,12 @@ def test_a_dead_layer_is_refused():
         interaction_basis(fitted(model, inputs(50, 4)))
 
 
+def test_a_node_layer_too_wide_for_a_matrix_is_refused(monkeypatch):
+    monkeypatch.setattr("headwater.audit.structure.basis._WIDEST", 6)
+    with pytest.raises(ValueError, match=r"'2' has 6 activations.*5 do"):
+        interaction_basis(fitted(net(4, 6, 3), inputs(50, 4)))
+
+
 def test_small_scales_need_a_relative_cutoff():
     model = net(4, 6, 3)
     with torch.no_grad():
