@@ -176,7 +176,8 @@ def run(name: str, seed: int, options: Study) -> dict:
         for number, kind in ((0, "nodes"), (1, "edges")):
             figure = drawn[0][number].plot(drawn[1][number])
             figure.savefig(options.plots / f"structure-{name}-{kind}.png", dpi=80)
-        drawn[0][2].plot().savefig(options.plots / f"structure-{name}-graph.png", dpi=80)
+        for basis, (_, _, graph) in zip(BASES, drawn, strict=True):
+            graph.plot().savefig(options.plots / f"structure-{name}-{basis}.png", dpi=80)
     return found
 
 
