@@ -429,7 +429,7 @@ class _Finder:
                 rows = layer.rows().double()
                 sums[number] = sums[number] + rows.mT @ rows
                 counts[number] += len(rows)
-        moments = [torch.as_tensor(s) / n for s, n in zip(sums, counts, strict=True)]
+        moments = [torch.as_tensor(s).cpu() / n for s, n in zip(sums, counts, strict=True)]
         return moments, counts
 
     def principal(self, moment: Tensor) -> Principal:
@@ -469,8 +469,8 @@ class _Finder:
         try:
             return interaction_directions(
                 found,
-                M / n,
-                Lambda_prime=Lambda / n if single else None,
+                M.cpu() / n,
+                Lambda_prime=Lambda.cpu() / n if single else None,
                 cutoff=self.cutoff,
                 relative=self.relative,
             )

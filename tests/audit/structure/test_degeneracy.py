@@ -126,6 +126,8 @@ def test_soft_ranks_and_the_fit_s_own_curvature():
         used = (eigenvalues / (eigenvalues + 1e-3)).sum()
         assert layer.effective_parameters == pytest.approx(float(used))
         assert layer.effective_A <= layer.rank_A and layer.participation_G <= layer.rank_G
+    plain = headwater.fit(model, fit.train, fit.task, curvature="identity")
+    assert degeneracy(plain).layers[0].effective_parameters is None
     more = degeneracy(fit, damping=1e-6)
     assert more.layers[0].effective_parameters > report.layers[0].effective_parameters
 
