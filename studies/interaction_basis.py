@@ -1,9 +1,9 @@
 """Does a model need fewer directions and fewer edges in the local interaction basis than in principal directions?
 
-After Bushnaq et al. (2024), arXiv:2405.10928. A perceptron with three hidden layers on handwritten digits, and one on
-addition modulo p, three seeds each. The basis is found on the training data. Then for each hidden layer the least
-number of directions is sought, and for each section the least number of edges, that keeps the accuracy on held-out
-examples within half a point of the whole model's; of modular addition, all pairs are both.
+After Bushnaq et al. (2024), arXiv:2405.10928. A perceptron with three hidden layers on handwritten digits, one on
+addition modulo p, and a transformer of one block on the same. The basis is found on the training data. Then for each
+node layer the least number of directions is sought, and for each section the least number of edges, that keeps the
+accuracy on held-out examples within half a point of the whole model's; of modular addition, all pairs are both.
 
     python studies/interaction_basis.py
     python studies/interaction_basis.py --workloads digits --seeds 0 --plots docs/images
@@ -22,7 +22,11 @@ from torch import Tensor, nn
 import headwater
 from headwater.audit.structure import ablate, degeneracy, interaction_basis, interaction_graph
 from headwater.core.examples import Examples, TensorExamples
+from headwater.core.prediction import Categorical
+from headwater.core.sections import Step
+from headwater.core.task import FunctionTask, Task
 from headwater.data.images import digits
+from headwater.models.gpt import GPT
 from headwater.models.vision import mlp
 from headwater.numerics.resampling import mean_interval
 
@@ -42,7 +46,7 @@ class Study:
         plots: Folder for pictures of the first seed; none are drawn when left out.
     """
 
-    workloads: tuple[str, ...] = ("digits", "addition")
+    workloads: tuple[str, ...] = ("digits", "addition", "transformer")
     seeds: tuple[int, ...] = (0, 1, 2)
     folder: Path = Path("runs/interaction-basis")
     p: int = 23
@@ -52,35 +56,45 @@ class Study:
 
 def trained(
     model: nn.Module, x: Tensor, y: Tensor, *, steps: int, lr: float, decay: float, seed: int
-) -> nn.Module:
+) -> None:
     """AdamW on batches of 256, the rate falling to nothing."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         some = torch.randint(len(x), (256,), generator=generator)
-        loss = nn.functional.cross_entropy(model(x[some]), y[some])
+        logits = model(x[some])
+        logits = logits[:, -1] if logits.ndim == 3 else logits
+        loss = nn.functional.cross_entropy(logits, y[some])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    model.eval()
 
 
-Workload = Callable[[Study, int], tuple[nn.Module, Examples, Examples]]
+@dataclass(frozen=True)
+class Trained:
+    """A model, what it was trained on and for, what it is measured on, and where it is cut."""
+
+    model: nn.Module
+    train: Examples
+    held_out: Examples
+    nodes: tuple[str, ...] = ("2", "4", "6")
+    task: Task = headwater.Classification()  # noqa: RUF009
 
 
-def on_digits(options: Study, seed: int) -> tuple[nn.Module, Examples, Examples]:
+def on_digits(options: Study, seed: int) -> Trained:
     """1,437 digits to train on and 360 to measure on."""
     x, y = digits().tensors
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     part, rest = order[:1437], order[1437:]
     model = mlp([64, 64, 64, 64, 10], seed=seed)
     trained(model, x[part], y[part], steps=1000, lr=3e-3, decay=1e-2, seed=seed)
-    return model, TensorExamples(x[part], y[part]), TensorExamples(x[rest], y[rest])
+    return Trained(model, TensorExamples(x[part], y[part]), TensorExamples(x[rest], y[rest]))
 
 
-def on_addition(options: Study, seed: int) -> tuple[nn.Module, Examples, Examples]:
+def on_addition(options: Study, seed: int) -> Trained:
     """All pairs a, b, each one-hot, to (a + b) mod p."""
     p = options.p
     a, b = torch.arange(p).repeat_interleave(p), torch.arange(p).repeat(p)
@@ -88,16 +102,47 @@ def on_addition(options: Study, seed: int) -> tuple[nn.Module, Examples, Example
     model = mlp([2 * p, 64, 64, 64, p], seed=seed)
     trained(model, x, (a + b) % p, steps=3000, lr=3e-3, decay=0.3, seed=seed)
     data = TensorExamples(x, (a + b) % p)
-    return model, data, data
+    return Trained(model, data, data)
 
 
-WORKLOADS: dict[str, Workload] = {"digits": on_digits, "addition": on_addition}
+def last_position(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Categorical:
+    """The answer is read at the last of two tokens."""
+    ids, labels = batch
+    return Categorical(model(ids)[:, -1:], labels[:, None])
+
+
+class Pairs(GPT):
+    """A transformer whose batches are tuples of tokens and labels."""
+
+    def steps(self) -> list[Step]:
+        return [
+            Step(s.name, lambda parts, batch, s=s: s.run(parts, {"input_ids": batch[0]}), s.modules)
+            for s in super().steps()
+        ]
+
+
+def on_transformer(options: Study, seed: int) -> Trained:
+    """All pairs a, b as two tokens, to (a + b) mod p."""
+    p = options.p
+    a, b = torch.arange(p).repeat_interleave(p), torch.arange(p).repeat(p)
+    x, y = torch.stack([a, b], 1), (a + b) % p
+    model = Pairs(p, context=2, n_layers=1, dim=32, n_heads=4, tied=False, seed=seed)
+    trained(model, x, y, steps=2000, lr=3e-3, decay=0.3, seed=seed)
+    data, task = TensorExamples(x, y), FunctionTask(predict_with=last_position, label="last")
+    return Trained(model, data, data, ("blocks.0.mlp", "blocks.0.down", "norm"), task)
+
+
+WORKLOADS: dict[str, Callable[[Study, int], Trained]] = {
+    "digits": on_digits,
+    "addition": on_addition,
+    "transformer": on_transformer,
+}
 
 
 def run(name: str, seed: int, options: Study) -> dict:
     """One model's numbers."""
-    model, train, held_out = WORKLOADS[name](options, seed)
-    fit = headwater.fit(model, train, headwater.Classification(), curvature="identity")
+    what = WORKLOADS[name](options, seed)
+    fit = headwater.fit(what.model, what.train, what.task, curvature="identity")
     report = degeneracy(fit, damping=1.0)
     found: dict = {
         "parameters": report.n_parameters,
@@ -108,9 +153,9 @@ def run(name: str, seed: int, options: Study) -> dict:
     drawn = []
     for basis in BASES:
         started = time.process_time()
-        one = interaction_basis(fit, basis=basis, nodes=["2", "4", "6"])
+        one = interaction_basis(fit, basis=basis, nodes=what.nodes)
         spent = time.process_time() - started
-        measured = {"data": held_out, "tolerance": options.tolerance, "points": 8}
+        measured = {"data": what.held_out, "tolerance": options.tolerance, "points": 8}
         nodes, edges = (ablate(fit, one, kind, **measured) for kind in ("nodes", "edges"))
         graph = interaction_graph(one, floor=edges)
         found["accuracy"] = nodes.base
@@ -131,7 +176,8 @@ def run(name: str, seed: int, options: Study) -> dict:
         for number, kind in ((0, "nodes"), (1, "edges")):
             figure = drawn[0][number].plot(drawn[1][number])
             figure.savefig(options.plots / f"structure-{name}-{kind}.png", dpi=80)
-        drawn[0][2].plot().savefig(options.plots / f"structure-{name}-graph.png", dpi=80)
+        for basis, (_, _, graph) in zip(BASES, drawn, strict=True):
+            graph.plot().savefig(options.plots / f"structure-{name}-{basis}.png", dpi=80)
     return found
 
 
@@ -166,7 +212,7 @@ def main(options: Study) -> None:
             runs.append(json.loads(file.read_text()))
         print(f"\n## {name}\n")
         print(
-            "| hidden layer or section | counted | LIB, by seed | PCA, by seed | LIB - PCA [95 %] |"
+            "| node layer or section | counted | LIB, by seed | PCA, by seed | LIB - PCA [95 %] |"
         )
         print("|---|---|---|---|---|")
         for kind in ("nodes", "edges"):

@@ -73,7 +73,7 @@ def free_directions(
     return int((d_out * d_in - rank_G * rank_A).sum())
 
 
-def agreement(both: Float[Tensor, "unit unit"], n: float) -> Float[Tensor, "unit unit"]:
+def agreement(both: Float[Tensor, "unit unit"], n: int) -> Float[Tensor, "unit unit"]:
     """Share of the data on which two units are both on or both off.
 
     Args:

@@ -49,6 +49,7 @@ Basis = Literal["lib", "pca", "neuron"]
 Formula = Literal["jacobian", "integrated", "(1-0)*alpha"]
 EdgeFormula = Literal["jacobian", "integrated"]
 _AT_ONCE = 1 << 22  # numbers of gradients held at a time
+_WIDEST = 8193  # activations with their constant
 
 
 @dataclass(frozen=True)
@@ -419,10 +420,16 @@ class _Finder:
         counts = [0] * len(sums)
         for _, _, found in self.over("activations"):
             for number, layer in enumerate(found):
+                if layer.f.shape[-1] > _WIDEST:
+                    raise ValueError(
+                        f"Node layer {self.sections.names[number]!r} has {layer.f.shape[-1] - 1:,} activations, whose "
+                        f"second moment does not fit; {_WIDEST - 1:,} do. Choose narrower node layers, or let the task "
+                        "predict from fewer outputs."
+                    )
                 rows = layer.rows().double()
                 sums[number] = sums[number] + rows.mT @ rows
                 counts[number] += len(rows)
-        moments = [torch.as_tensor(s) / n for s, n in zip(sums, counts, strict=True)]
+        moments = [torch.as_tensor(s).cpu() / n for s, n in zip(sums, counts, strict=True)]
         return moments, counts
 
     def principal(self, moment: Tensor) -> Principal:
@@ -462,8 +469,8 @@ class _Finder:
         try:
             return interaction_directions(
                 found,
-                M / n,
-                Lambda_prime=Lambda / n if single else None,
+                M.cpu() / n,
+                Lambda_prime=Lambda.cpu() / n if single else None,
                 cutoff=self.cutoff,
                 relative=self.relative,
             )

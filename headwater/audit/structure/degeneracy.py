@@ -219,7 +219,12 @@ def degeneracy(
             f"The second moments lack layer {missing[0]!r}; collect those of this fit."
         )
     dtype = next(fit.model.parameters()).dtype
-    curvature = fit.curvature.eigenvalues if isinstance(fit.curvature, Layerwise) else {}
+    curvature = {}
+    if (
+        isinstance(fit.curvature, Layerwise)
+        and fit.facts["options"]["curvature"]["kind"] != "identity"
+    ):
+        curvature = fit.curvature.eigenvalues
     chosen = fit.damping(damping) if curvature else None
     rho = chosen.absolute(fit.curvature.mean_eigenvalue) if chosen else 0.0
     rows = []

@@ -1,6 +1,7 @@
 """The interaction basis, held to networks whose structure is known and to the paper's sums written out."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 import headwater
 from headwater.audit.structure import InteractionBasis, interaction_basis
 from headwater.audit.structure.basis import Sources, gradients, sections_of
+from headwater.core.curvature.jacobian import jacobian_moments
 from headwater.core.sections import Sections, Step, steps_of
 from headwater.models.gpt import GPT
 from headwater.models.vision import mlp
-from headwater.numerics.interaction_basis import principal
+from headwater.numerics.interaction_basis import integration_points, principal
 from tests.structure_cases import change_basis, fitted, invertible, linear, orthogonal, two_networks
 
 
@@ -145,38 +147,24 @@ def test_integrals_equal_the_local_gradient_where_a_section_is_homogeneous():
         assert same_up_to_sign(local, along)
 
 
-def test_integrated_edges_are_complete_along_one_direction():
-    # with one node and no constant the integral of the gradient is the change from zero to the activation
-    model = nn.Sequential(linear(torch.tensor([[1.3]]).double()), nn.Tanh(), nn.Identity())
-    x = inputs(30, 1)
-    found = interaction_basis(
-        fitted(model, x), edges="integrated", n_points=12, center=False, cutoff=1e-12
-    )
-    C, out = found.layers[0].directions.C, found.layers[1].directions.C
-    assert C.shape == (2, 2) and found.edges[0].shape == (2, 2)
-    f = torch.cat([x, torch.ones_like(x)], 1)
-    change = torch.cat([model(x).detach(), torch.ones_like(x)], 1) @ out
-    parts = found.edges[0]  # squares of parts that add up to the change
-    assert float(parts.sum(1).sqrt().max()) > 0
-    sections = sections_of(fitted(model, x), ["0"], None)
+def test_integrated_gradients_add_up_to_the_change_from_zero():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double(), inputs(30, 3)
+    fit = fitted(model, x)
+    found = interaction_basis(fit, nodes=["0"], edges="integrated", n_points=12, cutoff=1e-12)
+    here, there = (layer.directions for layer in found.layers)
+    sections, batch = sections_of(fit, ["0"], None), fit.train.batch(range(30))
+    alphas, weights = integration_points(12)
     with sections.hooks():
-        layers = sections.forward((x, x))
-        points = Sources(alphas=[0.5], weights=[1.0])
-        assert points.vectors(layers[1], torch.arange(30)).shape == (1, 30, 1)
-        from headwater.numerics.interaction_basis import integration_points
-
-        alphas, weights = integration_points(12)
-        upstream = out.mT[:, None, None, :].expand(-1, 30, -1, -1)
-        g = gradients(
-            sections,
-            0,
-            layers[0].f,
-            layers[0],
-            upstream,
-            Sources(alphas=alphas, weights=weights),
-            (x, x),
-        )
-    torch.testing.assert_close((g[:, :, 0] * f).sum(-1), change.mT, rtol=1e-9, atol=1e-9)
+        before, after = sections.forward(batch)
+        upstream = there.C.mT[:, None, None, :].expand(-1, 30, -1, -1)
+        along = Sources(alphas=alphas, weights=weights)
+        g = gradients(sections, 0, before.f, before, upstream, along, batch)[:, :, 0]
+    hat = before.f[:, 0] @ here.C
+    parts = (g @ here.C_pinv.mT) * hat  # of each node in each change
+    # with the constant at zero the section makes zero of zero
+    torch.testing.assert_close(parts.sum(-1), (after.f[:, 0] @ there.C).mT, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(found.edges[0], parts.square().mean(1), rtol=1e-8, atol=1e-10)
 
 
 def test_the_cheap_formula_finds_the_direction_that_one_output_reads():
@@ -301,11 +289,20 @@ def test_random_signs_over_positions_come_close_to_all_positions():
     assert abs(float(drawn_edges / exact_edges) - 1) < 0.3
 
 
+def test_a_node_layer_s_moment_is_the_fit_s_activation_covariance():
+    # the constant is the column of the bias, and both are means over positions
+    fit = fitted(net(4, 6, 5, 3), inputs(50, 4))
+    found = interaction_basis(fit, basis="pca", center=False, edges=None, cutoff=1e-12)
+    A = jacobian_moments(fit).A
+    assert set(A) == {"0", "2", "4"}
+    for layer in found.layers[:-1]:
+        expected = torch.linalg.eigvalsh(A[layer.name]).flip(0)[: layer.directions.C.shape[1]]
+        torch.testing.assert_close(layer.directions.weight, expected)
+
+
 def test_batches_do_not_matter():
     x = inputs(50, 4)
     fit = fitted(net(4, 6, 5, 3), x)
-    from dataclasses import replace
-
     assert same_up_to_sign(
         interaction_basis(fit), interaction_basis(replace(fit, batch_size=7)), 1e-9
     )
@@ -341,6 +338,12 @@ def test_a_dead_layer_is_refused():
         model[2].weight.zero_()
     with pytest.raises(ValueError, match=r"'2'.*No direction matters.*relative=True"):
         interaction_basis(fitted(model, inputs(50, 4)))
+
+
+def test_a_node_layer_too_wide_for_a_matrix_is_refused(monkeypatch):
+    monkeypatch.setattr("headwater.audit.structure.basis._WIDEST", 6)
+    with pytest.raises(ValueError, match=r"'2' has 6 activations.*5 do"):
+        interaction_basis(fitted(net(4, 6, 3), inputs(50, 4)))
 
 
 def test_small_scales_need_a_relative_cutoff():
