@@ -109,14 +109,14 @@ def choose_strength(
     *,
     space: Space = "logit",
     keep_predicted: bool = True,
-    prudent: bool = True,
+    prudent: bool = False,
     strengths: Sequence[float] = STRENGTHS,
 ) -> tuple[float, float]:
     r"""α and T from validation examples, by the log loss.
 
-    For each α the T of the least loss is found. Validation data are like the training data, so they say little of what
-    hedging is worth elsewhere, and often nothing against it: the prudent choice is the greatest α whose loss is above
-    the least by no more than one standard error of the difference, example by example.
+    For each α the T of the least loss is found. Validation data are like the training data, and say little of what
+    hedging is worth elsewhere. The prudent choice is therefore the greatest α whose loss is above the least by no more
+    than one standard error of the difference, example by example; a model that needs no hedging pays for it.
 
     Args:
         logits: z.
@@ -391,9 +391,9 @@ class IFComp(Calibrator):
         temperature: τ of the gradients and of the Fisher information. 1 leaves a saturated model as it is; where τ is
             far above the spread of the logits, all labels look alike.
         fisher_temperature: Of the Fisher information alone, where it is to differ.
-        damping: As for `complexity`; α takes up its scale, so that little damping, which tells inputs apart best, will
-            do.
-        space: "logit" or "probability".
+        damping: As for `complexity`; α takes up its scale.
+        space: "probability", where n enters by its logarithm, or "logit", which hedges without bound far from the
+            training data.
         strength: α; chosen on validation data when left out.
         output_temperature: T; chosen with it.
         prudent: Of the strengths that validation data cannot tell from the best, take the greatest.
@@ -406,11 +406,11 @@ class IFComp(Calibrator):
 
     temperature: float = 3.0
     fisher_temperature: float | None = None
-    damping: str | float | Damping = "0.001 relative"
-    space: Space = "logit"
+    damping: str | float | Damping = "0.01 relative"
+    space: Space = "probability"
     strength: float | None = None
     output_temperature: float | None = None
-    prudent: bool = True
+    prudent: bool = False
     keep_predicted: bool = True
     top: int | None = None
     curvature: CurvatureMethod = field(default_factory=lambda: EKFAC(folds=1))
