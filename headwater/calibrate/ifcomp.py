@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from headwater.calibrate.base import Calibrator, Predictions, Predictor
-from headwater.calibrate.temperature import best_temperature
+from headwater.calibrate.temperature import LOWEST, best_temperature
 from headwater.core.capture import Progress
 from headwater.core.curvature import EKFAC, CurvatureMethod
 from headwater.core.damping import Damping, Inverse
@@ -110,6 +110,7 @@ def choose_strength(
     space: Space = "logit",
     keep_predicted: bool = True,
     prudent: bool = False,
+    sharpen: bool = False,
     strengths: Sequence[float] = STRENGTHS,
 ) -> tuple[float, float]:
     r"""α and T from validation examples, by the log loss.
@@ -126,6 +127,7 @@ def choose_strength(
         space: See `hedged_logits`.
         keep_predicted: See `hedged_logits`.
         prudent: Whether to take the greatest α that is as good; else the one of the least loss.
+        sharpen: Whether T may fall below 1.
         strengths: Values of α that are tried.
 
     Returns:
@@ -141,9 +143,9 @@ def choose_strength(
     for strength in strengths:
         if space == "logit":  # then T divides everything, and its best value is exact
             hedged = hedged_logits(logits, norms, n_train, strength, 1.0, **options)
-            temperature = best_temperature(hedged, labels)
+            temperature = best_temperature(hedged, labels, lowest=LOWEST if sharpen else 1.0)
         else:
-            grid = [10 ** (k / 20) for k in range(-20, 21)]
+            grid = [10 ** (k / 20) for k in range(-20 if sharpen else 0, 21)]
             temperature = min(grid, key=lambda t: float(losses(strength, t).mean()))
         tried.append((strength, temperature, losses(strength, temperature)))
     best = min(tried, key=lambda found: float(found[2].mean()))
@@ -397,6 +399,8 @@ class IFComp(Calibrator):
         strength: α; chosen on validation data when left out.
         output_temperature: T; chosen with it.
         prudent: Of the strengths that validation data cannot tell from the best, take the greatest.
+        sharpen: Let T fall below 1, for a model that validation data show to be too modest. Such data are like the
+            training data; elsewhere it is seldom too modest.
         keep_predicted: Leave the predicted class as it is.
         top: Examine the most probable classes only.
         curvature: How the Fisher information is fitted; "mc" or "exact" labels.
@@ -411,6 +415,7 @@ class IFComp(Calibrator):
     strength: float | None = None
     output_temperature: float | None = None
     prudent: bool = False
+    sharpen: bool = False
     keep_predicted: bool = True
     top: int | None = None
     curvature: CurvatureMethod = field(default_factory=lambda: EKFAC(folds=1))
@@ -476,6 +481,7 @@ class IFComp(Calibrator):
             space=self.space,
             keep_predicted=self.keep_predicted,
             prudent=self.prudent,
+            sharpen=self.sharpen,
         )
 
     def predictions(self, found: Complexity, strength: float, temperature: float) -> Predictions:

@@ -209,16 +209,19 @@ def test_the_strength_is_that_of_the_least_loss_or_the_greatest_within_its_error
     truth = hedged_logits(z, n, 10, 1.0, 1.0, space=space)
     y = torch.multinomial(truth.softmax(1), 1, generator=generator)[:, 0]
     options = {"space": space}
+    modest = choose_strength(z * 3, n, z.argmax(1), 10, **options)
+    assert modest[1] >= 1  # though all labels are those predicted
+    assert choose_strength(z, n, z.argmax(1), 10, sharpen=True, **options)[1] < 1
 
     def losses(strength, temperature):
         return log_losses(hedged_logits(z, n, 10, strength, temperature, **options).softmax(1), y)
 
-    best = choose_strength(z, n, y, 10, **options)
+    best = choose_strength(z, n, y, 10, sharpen=True, **options)
     for strength in (0.0, 0.3, 3.0):
         for temperature in (0.7, 1.0, 1.5):
             # T is exact for logits and on a grid of 1/20 decades for probabilities
             assert float(losses(*best).mean()) <= float(losses(strength, temperature).mean()) + 1e-3
-    prudent = choose_strength(z, n, y, 10, prudent=True, **options)
+    prudent = choose_strength(z, n, y, 10, sharpen=True, prudent=True, **options)
     assert prudent[0] >= best[0]
     excess = losses(*prudent) - losses(*best)
     assert float(excess.mean()) <= float(excess.std()) / 300**0.5
