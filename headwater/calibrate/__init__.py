@@ -6,7 +6,8 @@ inputs out of distribution as well.
 """
 
 from headwater.calibrate.base import Calibrator, Predictions, Predictor
-from headwater.calibrate.ifcomp import Complexity, IFComp, IFCompPredictor, complexity
+from headwater.calibrate.boltzmann import Complexity, complexity
+from headwater.calibrate.ifcomp import IFComp, IFCompPredictor
 from headwater.calibrate.laplace import LaplacePredictor, LastLayerLaplace
 from headwater.calibrate.pnml import LastLayerPNML, LastLayerPNMLPredictor, genie_probabilities
 from headwater.calibrate.temperature import ScaledPredictor, TemperatureScaling

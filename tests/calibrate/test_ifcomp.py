@@ -10,7 +10,8 @@ from torch import nn
 
 import headwater
 from headwater.calibrate import Complexity, IFComp, TemperatureScaling, complexity
-from headwater.calibrate.ifcomp import choose_strength, expected_influence, hedged_logits
+from headwater.calibrate.boltzmann import expected_influence
+from headwater.calibrate.ifcomp import choose_strength, hedged_logits
 from headwater.core.curvature import EKFAC, Dense
 from headwater.core.examples import TensorExamples
 from headwater.core.task import Classification, Regression
