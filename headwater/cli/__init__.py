@@ -17,8 +17,10 @@ COMMANDS: dict[str, str] = {
     "index": "make the training data's rows once, so that questions take milliseconds",
     "trace": "which training examples raised or lowered a completion",
     "timeline": "when in a fine-tuning a completion was learnt, and from which examples",
+    "audit": "doubtful labels, odd inputs: what is wrong with the training data",
     "verify": "retrain without the named examples: predicted beside actual",
-    "calibrate": "how sure a classifier is: probabilities to be taken at their word",
+    "calibrate": "how sure one may be: hedged probabilities, claims with a bound on false ones",
+    "forget": "edit weights so that the model recites less, and take it back exactly",
     "bench": "measure attribution methods against retraining, on real data",
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",
@@ -43,6 +45,7 @@ examples:
   headwater fit path/to/model data.jsonl --out runs/mine --heldout other.jsonl
   headwater trace runs/mine --prompt "The river rises in" --source topic
   headwater timeline runs/mine --prompt "The river rises in"
+  headwater audit runs/mine
   headwater verify runs/mine
 
 Every command has --help, and --json for machines. fit, index build and trace run on several processes or machines:

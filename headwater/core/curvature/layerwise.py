@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import BatchPlan, Precision, sweep, units_of
@@ -41,6 +42,7 @@ class Layerwise(Curvature):
         n_folds: Examples in each fold.
         facts: Numbers worth telling.
         others: The curvature with each fold left out, where these have eigenbases of their own.
+        factor_eigenvalues: (D_A, D_G) of each layer's factors, in the order of the bases; empty where there are none.
     """
 
     kind: ClassVar[str] = "layerwise"
@@ -52,8 +54,10 @@ class Layerwise(Curvature):
         n_folds: Tensor,
         facts: dict[str, Any] | None = None,
         others: Sequence["Layerwise"] = (),
+        factor_eigenvalues: dict[str, tuple[Tensor, Tensor]] | None = None,
     ):
         self.others = list(others)
+        self.factor_eigenvalues = factor_eigenvalues or {}
         self.bases, self.sums, self.n_folds, self.facts = bases, sums, n_folds.double(), facts or {}
         self.n_examples = float(n_folds.sum())
         self.eigenvalues = {
@@ -107,12 +111,33 @@ class Layerwise(Curvature):
             found.append(Layerwise(self.bases, sums, self.n_folds[keep]))
         return found
 
+    def factors(
+        self, layer: str
+    ) -> tuple[Float[Tensor, "*groups in in"], Float[Tensor, "*groups out out"]]:
+        r"""Second moments A of what a layer reads, with a bias as the last input, and G of its output gradients.
+
+        Raises:
+            ValueError: The curvature was fitted without them.
+        """
+        if layer not in self.factor_eigenvalues:
+            raise ValueError(
+                f"This fit holds no factors of {layer!r}; fit with curvature 'kfac' or 'ekfac' (fits made before the "
+                "factors' eigenvalues were kept have to be made again), and follow this layer."
+            )
+        A, G = (
+            torch.diag_embed(D.double()) if Q is None else _product(Q.double(), D)
+            for Q, D in zip(self.bases[layer], self.factor_eigenvalues[layer], strict=True)
+        )
+        return A, G
+
     def tensors(self) -> dict[str, Tensor]:
         state = {"n_folds": self.n_folds}
         for name, (Q_A, Q_G) in self.bases.items():
             state |= {} if Q_A is None else {f"Q_A:{name}": Q_A}
             state |= {} if Q_G is None else {f"Q_G:{name}": Q_G}
             state[f"sums:{name}"] = self.sums[name]
+        for name, (D_A, D_G) in self.factor_eigenvalues.items():
+            state |= {f"D_A:{name}": D_A, f"D_G:{name}": D_G}
         for k, other in enumerate(self.others):
             state |= {f"without {k}:{name}": t for name, t in other.tensors().items()}
         return state
@@ -125,7 +150,14 @@ class Layerwise(Curvature):
         while own := _under(tensors, f"without {len(others)}:"):
             others.append(cls.from_tensors(own, {}))
         sums = {n: tensors[f"sums:{n}"] for n in names}
-        return cls(bases, sums, tensors["n_folds"], facts, others)
+        kept = {
+            n: (tensors[f"D_A:{n}"], tensors[f"D_G:{n}"]) for n in names if f"D_A:{n}" in tensors
+        }
+        return cls(bases, sums, tensors["n_folds"], facts, others, kept)
+
+
+def _product(Q: Tensor, D: Tensor) -> Tensor:
+    return (Q * D.double()[..., None, :]) @ Q.mT
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -280,8 +312,9 @@ class KFAC(_Sampled):
             positions = moments.counts[f"G:{name}"] / moments.n_examples
             eigenvalues = positions * D_G[..., :, None] * D_A[..., None, :]
             sums[name] = (moments.n_examples * eigenvalues)[None].to(moments.sums[f"G:{name}"])
-        n = torch.tensor([moments.n_examples])
-        return Layerwise(bases, sums, n, _facts(lost, moments=moments))
+        n, facts = torch.tensor([moments.n_examples]), _facts(lost, moments=moments)
+        kept = factor_eigenvalues(moments, values)
+        return Layerwise(bases, sums, n, facts, factor_eigenvalues=kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,11 +345,12 @@ class EKFAC(KFAC):
         if self.has_own_bases(layers) and len({batch.fold for batch in context.batches}) > 1:
             return self._fit_by_fold(context, layers)
         moments, _ = self.moments(context)
-        _, bases = eigenbases(moments, values=False)
+        values, bases = eigenbases(moments, values=False)
         sums = EigenvalueSums(context.capture.layers.values(), bases, folds=self.folds)
         lost = self.eigenvalues(context, sums)
         facts = _facts(lost, moments=moments, eigenvalues=sums)
-        return Layerwise(bases, sums.finish(), sums.n_examples, facts)
+        kept = factor_eigenvalues(moments, values)
+        return Layerwise(bases, sums.finish(), sums.n_examples, facts, factor_eigenvalues=kept)
 
     def eigenvalues(self, context: FitContext, sums: EigenvalueSums | ByFold) -> LostTrace:
         # fresh labels, so that the eigenvalues are not fitted to the draws that chose the basis
@@ -328,16 +362,19 @@ class EKFAC(KFAC):
         gathered = MomentsByFold(layers, self.folds, **self._moment_options)
         self._pass(context, gathered, stage="moments", seed=self.seed)
         left_out = [None, *range(self.folds)]
-        bases = [eigenbases(gathered.without(fold), values=False)[1] for fold in left_out]
+        found = [eigenbases(gathered.without(fold), values=False) for fold in left_out]
+        bases = [basis for _, basis in found]
         sums = EigenvaluesByFold(layers, bases, self.folds)
         lost = self.eigenvalues(context, sums)
         whole, *rest = sums.eigenvalues
-        facts = _facts(lost, moments=gathered.without(None), eigenvalues=whole)
+        moments = gathered.without(None)
+        facts = _facts(lost, moments=moments, eigenvalues=whole)
+        kept = factor_eigenvalues(moments, found[0][0])
         others = [
             Layerwise(basis, other.finish(), other.n_examples)
             for basis, other in zip(bases[1:], rest, strict=True)
         ]
-        return Layerwise(bases[0], whole.finish(), whole.n_examples, facts, others)
+        return Layerwise(bases[0], whole.finish(), whole.n_examples, facts, others, kept)
 
 
 def eigenbases(
@@ -369,12 +406,24 @@ def eigenbases(
     return found, bases
 
 
+def factor_eigenvalues(
+    moments: SecondMoments, values: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(D_A, D_G) of each layer, from the eigenvalues that `eigenbases` found."""
+    return {
+        name: (values[f"A:{layer.input_group}"], values[f"G:{name}"])
+        for name, layer in moments.layers.items()
+    }
+
+
 def _facts(lost: LostTrace, **accumulators: SecondMoments | EigenvalueSums) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for name, accumulator in accumulators.items():
         error = accumulator.relative_error()
         facts[f"{name}_relative_error"] = error if error != float("inf") else None
         facts[f"{name}_examples"] = float(torch.as_tensor(accumulator.n_examples).sum())
+        if isinstance(accumulator, SecondMoments):
+            facts[f"{name}_positions"] = max(accumulator.counts.values(), default=0.0)
     if lost.share is not None:
         facts["lost_trace"] = lost.share
     return facts
