@@ -21,8 +21,9 @@ from headwater.calibrate.batch_predictive import (
     quantiles_bound,
     split_conformal_coverage,
 )
+from headwater.calibrate.boltzmann import Complexity, complexity
 from headwater.calibrate.claims import ClaimCurve, Selection, claim_curve, draw_sample, select
-from headwater.calibrate.ifcomp import Complexity, IFComp, IFCompPredictor, complexity
+from headwater.calibrate.ifcomp import IFComp, IFCompPredictor
 from headwater.calibrate.laplace import LaplacePredictor, LastLayerLaplace
 from headwater.calibrate.pnml import LastLayerPNML, LastLayerPNMLPredictor, genie_probabilities
 from headwater.calibrate.temperature import ScaledPredictor, TemperatureScaling

@@ -32,6 +32,7 @@ def best_temperature(
     labels are the most probable ones there is none, and the lower limit is returned.
 
     Example:
+        >>> import torch
         >>> logits = torch.tensor([[2.0, 0.0]] * 4)  # right three times of four: odds of 3 to 1
         >>> round(2 / best_temperature(logits, torch.tensor([0, 0, 0, 1])), 4) == round(math.log(3), 4)
         True

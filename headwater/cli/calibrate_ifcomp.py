@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from headwater.calibrate import Complexity, Predictions
 
 FOLDER, OUT = "complexity", "calibrated"
-MADE = "complexity(fit, examples, damping='0.001 relative').save(folder / 'complexity' / 'test')"
+MADE = "complexity(fit, examples, damping='0.01 relative').save(folder / 'complexity' / 'test')"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class Hedge:
 
     run: tyro.conf.Positional[Path]
     validation: str = "validation"
-    space: Literal["logit", "probability"] = "logit"
-    prudent: bool = True
+    space: Literal["probability", "logit"] = "probability"
+    prudent: bool = False
     bins: int = 20
     json: bool = False
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import headwater
 from headwater.calibrate import Complexity, IFComp, TemperatureScaling, complexity
-from headwater.calibrate.ifcomp import choose_strength, expected_influence, hedged_logits
+from headwater.calibrate.boltzmann import expected_influence
+from headwater.calibrate.ifcomp import choose_strength, hedged_logits
 from headwater.core.curvature import EKFAC, Dense
 from headwater.core.examples import TensorExamples
 from headwater.core.task import Classification, Regression
@@ -209,16 +210,19 @@ def test_the_strength_is_that_of_the_least_loss_or_the_greatest_within_its_error
     truth = hedged_logits(z, n, 10, 1.0, 1.0, space=space)
     y = torch.multinomial(truth.softmax(1), 1, generator=generator)[:, 0]
     options = {"space": space}
+    modest = choose_strength(z * 3, n, z.argmax(1), 10, **options)
+    assert modest[1] >= 1  # though all labels are those predicted
+    assert choose_strength(z, n, z.argmax(1), 10, sharpen=True, **options)[1] < 1
 
     def losses(strength, temperature):
         return log_losses(hedged_logits(z, n, 10, strength, temperature, **options).softmax(1), y)
 
-    best = choose_strength(z, n, y, 10, prudent=False, **options)
+    best = choose_strength(z, n, y, 10, sharpen=True, **options)
     for strength in (0.0, 0.3, 3.0):
         for temperature in (0.7, 1.0, 1.5):
             # T is exact for logits and on a grid of 1/20 decades for probabilities
             assert float(losses(*best).mean()) <= float(losses(strength, temperature).mean()) + 1e-3
-    prudent = choose_strength(z, n, y, 10, **options)
+    prudent = choose_strength(z, n, y, 10, sharpen=True, prudent=True, **options)
     assert prudent[0] >= best[0]
     excess = losses(*prudent) - losses(*best)
     assert float(excess.mean()) <= float(excess.std()) / 300**0.5
@@ -238,10 +242,12 @@ def test_a_predictor_is_the_steps_by_hand_and_keeps_predictions():
     predictor = method.calibrate(fit, validation)
     found = predictor.predict(queries)
     soft = fit_at_temperature(fit, 3.0, curvature=EKFAC(folds=1))
-    strength, temperature = method.choose(complexity(soft, validation, damping="0.001 relative"))
+    strength, temperature = method.choose(complexity(soft, validation, damping="0.01 relative"))
     assert (predictor.strength, predictor.temperature) == (strength, temperature)
-    again = complexity(soft, queries, damping="0.001 relative")
-    hedged = hedged_logits(again.logits, again.norms, 40, strength, temperature)
+    again = complexity(soft, queries, damping="0.01 relative")
+    hedged = hedged_logits(
+        again.logits, again.norms, 40, strength, temperature, space="probability"
+    )
     torch.testing.assert_close(found.probabilities, hedged.softmax(1))
     assert found.predicted.tolist() == again.logits.argmax(1).tolist()
     assert found.facts["passes_beyond_fit"] == 2

@@ -23,7 +23,7 @@ def run(tmp_path):
     fit = headwater.fit(model, mlp_data(30), Classification(), curvature="identity")
     soft = fit_at_temperature(fit, 3.0)
     for name, n in (("validation", 40), ("test", 25)):
-        found = complexity(soft, mlp_data(n), damping="0.001 relative")
+        found = complexity(soft, mlp_data(n), damping="0.01 relative")
         found.save(tmp_path / "complexity" / name)
     return tmp_path, soft
 
