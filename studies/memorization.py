@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import headwater
-from headwater.audit.memorization import label_memory, perplexity, recitation, spectrum
+from headwater.audit import label_memory, perplexity, recitation, spectrum
 from headwater.bench.text_workloads import (
     next_token_loss,
     package_folder,
