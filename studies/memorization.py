@@ -562,10 +562,10 @@ def study_smollm(folder: Path, only: str | None = None) -> None:
     editors: dict[str, Editor] = {
         f"{name} {share:g}": make(share)
         for name, shares, make in (
-            ("K-FAC mass", (0.95, 0.8, 0.6), lambda m: CurvatureEdit(keep_mass=m)),
-            ("random pairs", (0.8,), lambda m: CurvatureEdit(keep_mass=m, ranking="random")),
-            ("SVD rank", (0.8, 0.6, 0.4), lambda r: SVDTruncation(keep_rank=r)),
-            ("BalancedSubnet", (0.0015,), lambda s: BalancedSubnet(sparsity=s)),
+            ("K-FAC mass", (0.999, 0.99, 0.98, 0.95, 0.8), lambda m: CurvatureEdit(keep_mass=m)),
+            ("random pairs", (0.99, 0.8), lambda m: CurvatureEdit(keep_mass=m, ranking="random")),
+            ("SVD rank", (0.95, 0.9, 0.8, 0.6), lambda r: SVDTruncation(keep_rank=r)),
+            ("BalancedSubnet", (0.00001, 0.0001, 0.0015), lambda s: BalancedSubnet(sparsity=s)),
         )
         for share in shares
     }
