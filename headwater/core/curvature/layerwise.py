@@ -111,24 +111,30 @@ class Layerwise(Curvature):
             found.append(Layerwise(self.bases, sums, self.n_folds[keep]))
         return found
 
-    def factors(
-        self, layer: str
-    ) -> tuple[Float[Tensor, "*groups in in"], Float[Tensor, "*groups out out"]]:
-        r"""Second moments A of what a layer reads, with a bias as the last input, and G of its output gradients.
+    def activation_covariance(self, name: str) -> Float[Tensor, "*group in in"]:
+        """A of a layer: the mean of its inputs' outer products over positions, undamped, a bias' one as last input.
 
         Raises:
-            ValueError: The curvature was fitted without them.
+            ValueError: It was not kept.
         """
-        if layer not in self.factor_eigenvalues:
+        return self._factor(name, 0)
+
+    def gradient_covariance(self, name: str) -> Float[Tensor, "*group out out"]:
+        """G of a layer: the mean of its output gradients' outer products over positions, undamped.
+
+        Raises:
+            ValueError: It was not kept.
+        """
+        return self._factor(name, 1)
+
+    def _factor(self, name: str, side: int) -> Tensor:
+        if name not in self.factor_eigenvalues:
+            what = ("activation", "gradient")[side]
             raise ValueError(
-                f"This fit holds no factors of {layer!r}; fit with curvature 'kfac' or 'ekfac' (fits made before the "
-                "factors' eigenvalues were kept have to be made again), and follow this layer."
+                f"The fit holds no {what} covariance of {name!r}; fit again with curvature='ekfac' or 'kfac'."
             )
-        A, G = (
-            torch.diag_embed(D.double()) if Q is None else _product(Q.double(), D)
-            for Q, D in zip(self.bases[layer], self.factor_eigenvalues[layer], strict=True)
-        )
-        return A, G
+        D, Q = self.factor_eigenvalues[name][side], self.bases[name][side]
+        return torch.diag_embed(D) if Q is None else (Q * D[..., None, :]) @ Q.mT
 
     def tensors(self) -> dict[str, Tensor]:
         state = {"n_folds": self.n_folds}
@@ -154,10 +160,6 @@ class Layerwise(Curvature):
             n: (tensors[f"D_A:{n}"], tensors[f"D_G:{n}"]) for n in names if f"D_A:{n}" in tensors
         }
         return cls(bases, sums, tensors["n_folds"], facts, others, kept)
-
-
-def _product(Q: Tensor, D: Tensor) -> Tensor:
-    return (Q * D.double()[..., None, :]) @ Q.mT
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -313,8 +315,20 @@ class KFAC(_Sampled):
             eigenvalues = positions * D_G[..., :, None] * D_A[..., None, :]
             sums[name] = (moments.n_examples * eigenvalues)[None].to(moments.sums[f"G:{name}"])
         n, facts = torch.tensor([moments.n_examples]), _facts(lost, moments=moments)
-        kept = factor_eigenvalues(moments, values)
+        kept = self._kept(moments, values)
         return Layerwise(bases, sums, n, facts, factor_eigenvalues=kept)
+
+    def _kept(
+        self, moments: SecondMoments, values: dict[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Eigenvalues of each layer's factors; of sums over positions there are none worth keeping."""
+        if self.approximation == "reduce":
+            return {}
+        found = {}
+        for name, layer in moments.layers.items():
+            like = moments.sums[f"G:{name}"]
+            found[name] = values[f"A:{layer.input_group}"].to(like), values[f"G:{name}"].to(like)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,7 +363,7 @@ class EKFAC(KFAC):
         sums = EigenvalueSums(context.capture.layers.values(), bases, folds=self.folds)
         lost = self.eigenvalues(context, sums)
         facts = _facts(lost, moments=moments, eigenvalues=sums)
-        kept = factor_eigenvalues(moments, values)
+        kept = self._kept(moments, values)
         return Layerwise(bases, sums.finish(), sums.n_examples, facts, factor_eigenvalues=kept)
 
     def eigenvalues(self, context: FitContext, sums: EigenvalueSums | ByFold) -> LostTrace:
@@ -369,7 +383,7 @@ class EKFAC(KFAC):
         whole, *rest = sums.eigenvalues
         moments = gathered.without(None)
         facts = _facts(lost, moments=moments, eigenvalues=whole)
-        kept = factor_eigenvalues(moments, found[0][0])
+        kept = self._kept(moments, found[0][0])
         others = [
             Layerwise(basis, other.finish(), other.n_examples)
             for basis, other in zip(bases[1:], rest, strict=True)
@@ -404,16 +418,6 @@ def eigenbases(
         for name, layer in moments.layers.items()
     }
     return found, bases
-
-
-def factor_eigenvalues(
-    moments: SecondMoments, values: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """(D_A, D_G) of each layer, from the eigenvalues that `eigenbases` found."""
-    return {
-        name: (values[f"A:{layer.input_group}"], values[f"G:{name}"])
-        for name, layer in moments.layers.items()
-    }
 
 
 def _facts(lost: LostTrace, **accumulators: SecondMoments | EigenvalueSums) -> dict[str, Any]:

@@ -237,8 +237,9 @@ def test_the_factors_behind_the_bases_are_kept_and_saved(method):
         capture.backward(data, Loss(), info, fitted.train.keys, emit)
     for curvature in rows:
         for name in layers:
-            for factor, x in zip(curvature.factors(name), seen[name], strict=True):
+            factors = curvature.activation_covariance(name), curvature.gradient_covariance(name)
+            for factor, x in zip(factors, seen[name], strict=True):
                 # products of some twenty rows in float64, and an eigendecomposition taken back
                 torch.testing.assert_close(factor, x.mT @ x / len(x), rtol=1e-9, atol=1e-12)
-    with pytest.raises(ValueError, match="holds no factors of '0'"):
-        found.fitted(Identity()).curvature.factors("0")
+    with pytest.raises(ValueError, match="holds no activation covariance of '0'"):
+        found.fitted(Identity()).curvature.activation_covariance("0")
