@@ -194,10 +194,13 @@ def table(results: dict[tuple[Kind, float], list[dict]]) -> list[str]:
         "| measure | " + " | ".join(f"AP, {h}" for h in heads) + " |",
         "|---" * (len(heads) + 1) + "|",
     ]
-    every = [set(run["rows"]) for runs in results.values() for run in runs]
-    names = [n for n in next(iter(results.values()))[0]["rows"] if all(n in e for e in every)]
+    every = [list(run["rows"]) for runs in results.values() for run in runs]
+    order = max(every, key=len)
+    names = [
+        n for n in order if all(any(n in r["rows"] for r in runs) for runs in results.values())
+    ]
     for name in names:
-        areas, precisions, cost = [], [], ""
+        areas, precisions, seeds = [], [], []
         for noise in noises:
             pairs = [
                 (
@@ -205,10 +208,14 @@ def table(results: dict[tuple[Kind, float], list[dict]]) -> list[str]:
                     torch.tensor(run["wrong"]),
                 )
                 for run in results[noise]
+                if name in run["rows"]
             ]
+            seeds.append(len(pairs))
             areas.append(over_seeds([float(auroc(s, w)) for s, w in pairs]))
             precisions.append(over_seeds([float(average_precision(s, w)) for s, w in pairs]))
-            cost = results[noise][0]["rows"][name]["cost"]
+        rows = next(r["rows"] for r in results[noises[0]] if name in r["rows"])
+        cost, few = rows[name]["cost"], min(seeds) < max(map(len, results.values()))
+        name = f"{name} ({min(seeds)} seeds)" if few else name
         lines.append(f"| {name} | {' | '.join(areas)} | {cost} |")
         again.append(f"| {name} | {' | '.join(precisions)} |")
     return [*lines, "", *again]
@@ -296,6 +303,7 @@ def main(
     share: float = 0.1,
     alpha: float = 0.05,
     draws: int = 60,
+    rankings: tuple[str, ...] = ("combined", "aum"),
 ) -> None:
     """Measure and print; what is in the folder is not made again."""
     results: dict[tuple[Kind, float], list[dict]] = {}
@@ -326,7 +334,7 @@ def main(
     print("\n".join(table(results)))
     if draws:
         options = {"verified": verified, "share": share, "alpha": alpha, "draws": draws}
-        print("\n".join(["", *control(results, measures=("combined",), **options)]))
+        print("\n".join(["", *control(results, measures=rankings, **options)]))
 
 
 if __name__ == "__main__":
