@@ -53,12 +53,42 @@ def test_marks_are_the_claims_and_what_was_verified_to_be_wrong():
     assert marked.facts["claims"]["alpha"] == 0.1 and marked.sections[1].sentences[1] == "By ranks."
 
 
+def test_a_sample_among_the_most_doubtful_claims_among_them_and_more():
+    found, wrong = findings()
+    pool = found.columns["label_score"].argsort(stable=True)[:120]
+    sample = draw_sample(120, 60, seed=3)
+    seen = Verified(
+        ids=tuple(IDS[i] for i in pool[sample].tolist()), wrong=tuple(wrong[pool[sample]].tolist())
+    )
+    marked = controlled(found, seen, false_claims=0.4, among=120)
+    expected = select(
+        found.columns["label_score"][pool],
+        sample,
+        wrong[pool[sample]],
+        share=0.4,
+        alpha=0.05,
+        suspicious="low",
+    )
+    claimed = torch.as_tensor(marked.columns["is_claimed"])
+    assert sorted(claimed.nonzero().flatten().tolist()) == sorted(pool[expected.selected].tolist())
+    assert int(claimed.sum()) > 10
+    with pytest.raises(ValueError, match="are not among the 50 most doubtful"):
+        controlled(found, seen, among=50)
+    with pytest.raises(ValueError, match="among must be from 1 to 400 examples; got 401"):
+        controlled(found, seen, among=401)
+
+
 def test_a_sheet_of_random_examples_is_written_without_scores_and_read_back(tmp_path):
     found, wrong = findings()
     path = write_sheet(found, tmp_path / "sheet.csv", 25, seed=1, texts=[f"t{i}" for i in range(N)])
     rows = list(csv.DictReader(path.open()))
     assert list(rows[0]) == ["id", "is_wrong", "given_label", "text"] and len(rows) == 25
-    assert [r["id"] for r in rows] == [IDS[i] for i in draw_sample(N, 25, seed=1).tolist()]
+    assert [r["id"] for r in rows] == [
+        IDS[i]
+        for i in found.columns["label_score"]
+        .argsort(stable=True)[draw_sample(N, 25, seed=1)]
+        .tolist()
+    ]
     with pytest.raises(ValueError, match=r"row 1: is_wrong of 'e\d+' must be yes or no; got ''"):
         Verified.read(path)
     with path.open("w", newline="") as file:
