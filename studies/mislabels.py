@@ -32,6 +32,7 @@ from torch import Tensor
 import headwater
 from headwater.audit import MEASURES, Passes, Subject, measure_all, out_of_fold
 from headwater.audit.mislabel import COMBINED, combined_suspicion
+from headwater.calibrate import draw_sample, select
 from headwater.core.examples import TensorExamples
 from headwater.core.files import read_json, write_json
 from headwater.core.fit import Fit
@@ -194,10 +195,13 @@ def table(results: dict[tuple[Kind, float], list[dict]]) -> list[str]:
         "| measure | " + " | ".join(f"AP, {h}" for h in heads) + " |",
         "|---" * (len(heads) + 1) + "|",
     ]
-    every = [set(run["rows"]) for runs in results.values() for run in runs]
-    names = [n for n in next(iter(results.values()))[0]["rows"] if all(n in e for e in every)]
+    every = [list(run["rows"]) for runs in results.values() for run in runs]
+    order = max(every, key=len)
+    names = [
+        n for n in order if all(any(n in r["rows"] for r in runs) for runs in results.values())
+    ]
     for name in names:
-        areas, precisions, cost = [], [], ""
+        areas, precisions, seeds = [], [], []
         for noise in noises:
             pairs = [
                 (
@@ -205,10 +209,14 @@ def table(results: dict[tuple[Kind, float], list[dict]]) -> list[str]:
                     torch.tensor(run["wrong"]),
                 )
                 for run in results[noise]
+                if name in run["rows"]
             ]
+            seeds.append(len(pairs))
             areas.append(over_seeds([float(auroc(s, w)) for s, w in pairs]))
             precisions.append(over_seeds([float(average_precision(s, w)) for s, w in pairs]))
-            cost = results[noise][0]["rows"][name]["cost"]
+        rows = next(r["rows"] for r in results[noises[0]] if name in r["rows"])
+        cost, few = rows[name]["cost"], min(seeds) < max(map(len, results.values()))
+        name = f"{name} ({min(seeds)} seeds)" if few else name
         lines.append(f"| {name} | {' | '.join(areas)} | {cost} |")
         again.append(f"| {name} | {' | '.join(precisions)} |")
     return [*lines, "", *again]
@@ -223,10 +231,13 @@ def claims(
     alpha: float,
     draws: int,
     seed: int,
+    among: int | None = None,
 ) -> dict[str, float]:
-    """Draws of a sample: how often the promise was broken, and what was claimed."""
-    from headwater.calibrate import draw_sample, select
-
+    """Draws of a sample, of all or among the most doubtful: how often the promise was broken, and what was claimed."""
+    every = int(wrong.sum())
+    if among is not None:
+        pool = suspicion.argsort(descending=True, stable=True)[:among]
+        suspicion, wrong = suspicion[pool], wrong[pool]
     broken = claimed = found = some = 0.0
     for k in range(draws):
         sample = draw_sample(len(wrong), verified, seed=seed * draws + k)
@@ -235,9 +246,7 @@ def claims(
         broken += n > 0 and false > share * n
         some += n > 0
         claimed += n
-        rest = wrong.clone()
-        rest[sample] = False
-        found += float((got.selected & wrong).sum()) / max(1, int(rest.sum()))
+        found += float((got.selected & wrong).sum() + wrong[sample].sum()) / every
     return {
         "broken": broken / draws,
         "claimed": claimed / draws,
@@ -255,10 +264,12 @@ def control(
     share: float,
     alpha: float,
     draws: int,
+    among: int | None = None,
 ) -> list[str]:
     """Rows of a Markdown table: how often the share of false claims was passed."""
     lines = [
-        "| noise | ranking | verified | draws | more false claims than promised | claims | wrong labels found |",
+        "| noise | ranking | verified | draws | more false claims than promised | claims "
+        "| wrong labels found, with those verified |",
         "|---|---|---|---|---|---|---|",
     ]
     for (kind, rate), runs in results.items():
@@ -273,6 +284,7 @@ def control(
                         alpha=alpha,
                         draws=draws,
                         seed=seed,
+                        among=among,
                     )
                     for seed, run in enumerate(runs)
                 ]
@@ -296,6 +308,8 @@ def main(
     share: float = 0.1,
     alpha: float = 0.05,
     draws: int = 60,
+    rankings: tuple[str, ...] = ("combined", "aum"),
+    among: int | None = None,
 ) -> None:
     """Measure and print; what is in the folder is not made again."""
     results: dict[tuple[Kind, float], list[dict]] = {}
@@ -325,8 +339,14 @@ def main(
         print(f"  {key}: {told}")
     print("\n".join(table(results)))
     if draws:
-        options = {"verified": verified, "share": share, "alpha": alpha, "draws": draws}
-        print("\n".join(["", *control(results, measures=("combined",), **options)]))
+        options = {
+            "verified": verified,
+            "share": share,
+            "alpha": alpha,
+            "draws": draws,
+            "among": among,
+        }
+        print("\n".join(["", *control(results, measures=rankings, **options)]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from headwater.audit.base import Findings, Section
 from headwater.calibrate import draw_sample, select
@@ -77,8 +79,27 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
+def doubtful(findings: Findings, among: int | None = None) -> Int[Tensor, " pool"]:
+    """Numbers of the `among` examples of lowest `label_score`, of which a sample is drawn; of all when left out.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    n = len(findings) if among is None else among
+    if not 1 <= n <= len(findings):
+        raise ValueError(f"among must be from 1 to {len(findings)} examples; got {n}.")
+    score = torch.as_tensor(findings.columns["label_score"]).double()
+    return score.argsort(stable=True)[:n]
+
+
 def write_sheet(
-    findings: Findings, path: str | Path, n: int, *, seed: int = 0, texts: Sequence[str] = ()
+    findings: Findings,
+    path: str | Path,
+    n: int,
+    *,
+    among: int | None = None,
+    seed: int = 0,
+    texts: Sequence[str] = (),
 ) -> Path:
     """Write a CSV file of n examples drawn at random, for a person to fill in the column `is_wrong`.
 
@@ -88,6 +109,8 @@ def write_sheet(
         findings: Of which examples.
         path: The file.
         n: How many to draw.
+        among: Draw from so many of the most doubtful examples, and claim among them; more is claimed for the same work
+            where few labels are wrong.
         seed: Seed of the draw.
         texts: How all examples read, where they have texts.
     """
@@ -98,7 +121,8 @@ def write_sheet(
         writer = csv.writer(file)
         labelled = ["given_label"] if given is not None else []
         writer.writerow(["id", WRONG, *labelled, *(["text"] if texts else [])])
-        for i in draw_sample(len(findings), n, seed=seed).tolist():
+        pool = doubtful(findings, among)
+        for i in pool[draw_sample(len(pool), n, seed=seed)].tolist():
             label = [int(given[i])] if given is not None else []
             writer.writerow([findings.ids[i], "", *label, *([texts[i]] if texts else [])])
     return path
@@ -110,6 +134,7 @@ def controlled(
     *,
     confidence_level: float = 0.95,
     false_claims: float = 0.1,
+    among: int | None = None,
 ) -> Findings:
     """The findings with labels marked by claims that keep a promise, and the verified wrong ones.
 
@@ -118,13 +143,15 @@ def controlled(
         verified: Examples drawn at random, and what was found.
         confidence_level: Probability that the promise is kept.
         false_claims: Share of the claims that may be false.
+        among: Of how many of the most doubtful examples the verified ones are a random sample; all when left out.
+            Claims are made among them. Choose it before the sample is looked at.
 
     Returns:
         Findings whose `is_label_issue` marks the claims and what was verified to be wrong, with a column `is_claimed`
         and a section that says the promise.
 
     Raises:
-        ValueError: A verified example is unknown, or a level is not between 0 and 1.
+        ValueError: A verified example is unknown or not among the most doubtful, or a level is not between 0 and 1.
     """
     for name, value in (("confidence_level", confidence_level), ("false_claims", false_claims)):
         if not 0 < value < 1:
@@ -136,39 +163,48 @@ def controlled(
             f"{len(unknown)} of {len(verified.ids)} verified examples are not in the training data, such as "
             f"{unknown[0]!r}."
         )
+    pool = doubtful(findings, among)
+    place = {i: k for k, i in enumerate(pool.tolist())}
+    beyond = [i for i in verified.ids if number[i] not in place]
+    if beyond:
+        raise ValueError(
+            f"{len(beyond)} verified examples, such as {beyond[0]!r}, are not among the {len(pool)} most doubtful; "
+            "give the `among` that the sample was drawn with."
+        )
     looked_at = torch.tensor([number[i] for i in verified.ids])
     outcome = torch.tensor(verified.wrong)
     score = torch.as_tensor(findings.columns["label_score"]).double()
     found = select(
-        score,
-        looked_at,
+        score[pool],
+        torch.tensor([place[i] for i in looked_at.tolist()]),
         outcome,
         share=false_claims,
         alpha=round(1 - confidence_level, 12),
         suspicious="low",
     )
-    wrong = found.selected.clone()
+    claimed = torch.zeros(len(findings), dtype=torch.bool)
+    claimed[pool[found.selected]] = True
+    wrong = claimed.clone()
     wrong[looked_at[outcome]] = True
     section = Section(
         name="claims",
         title="Claims with error control",
         sentences=(found.sentence,),
         columns=("is_claimed",),
-        shown=tuple(findings.top(0)),
         papers=tuple(found.papers),
     )
     labels = findings.section("labels")
     told = replace(
         labels,
         sentences=(
-            f"{int(wrong.sum()):,} of {len(findings):,} labels are marked: {int(found.selected.sum()):,} claimed with "
+            f"{int(wrong.sum()):,} of {len(findings):,} labels are marked: {int(claimed.sum()):,} claimed with "
             f"error control, and {int(outcome.sum()):,} that were verified to be wrong.",
             *labels.sentences[1:],
         ),
     )
     rest = tuple(told if s.name == "labels" else s for s in findings.sections)
     at = [s.name for s in rest].index("labels")
-    columns = findings.columns | {"is_label_issue": wrong, "is_claimed": found.selected}
+    columns = findings.columns | {"is_label_issue": wrong, "is_claimed": claimed}
     facts = findings.facts | {"claims": found.facts, "marked_by": found.sentence}
     return replace(
         findings, columns=columns, sections=(*rest[:at], section, *rest[at:]), facts=facts

@@ -234,7 +234,8 @@ class Subject:
 
     def fit_at(self, run: int, checkpoint: int) -> Fit:
         """The fit with a checkpoint's weights and without curvature."""
-        return fits_at(self.fit, [self.trajectories[run].load_checkpoint(checkpoint)])[0]
+        (found,) = fits_at(self.fit, [self.trajectories[run].load_checkpoint(checkpoint)])
+        return found
 
     def gradient_norms(self, run: int, checkpoint: int) -> Float[Tensor, " train"]:
         """Norm of each example's loss gradient at a checkpoint, over the followed layers."""

@@ -40,6 +40,7 @@ class Audit:
         false_claims: With --verified: share of the claims that may be false.
         sample: Draw so many examples for a person to verify, into a .csv file in the run folder.
         sample_seed: Seed of the draw.
+        among: With --sample and --verified: draw, and claim, among so many of the most doubtful examples only.
         issues: Mark so many labels, in place of the number that the probabilities suggest.
         measures: Names of the measures to take; every one that can be taken when left out.
         combine: Names of the measures whose ranks are averaged.
@@ -59,6 +60,7 @@ class Audit:
     false_claims: float = 0.1
     sample: int | None = None
     sample_seed: int = 0
+    among: int | None = None
     issues: int | None = None
     measures: tuple[str, ...] = ()
     combine: tuple[str, ...] = ()
@@ -75,6 +77,7 @@ class Audit:
         require("--false-claims", self.false_claims, "between 0 and 1", 0 < self.false_claims < 1)
         require("--neighbours", self.neighbours, "at least 1", self.neighbours >= 1)
         require("--sample", self.sample, "at least 1", self.sample is None or self.sample >= 1)
+        require("--among", self.among, "at least 1", self.among is None or self.among >= 1)
         require("--issues", self.issues, "0 or more", self.issues is None or self.issues >= 0)
         check_name(self.name, "audit")
         if self.program is not None and ":" not in self.program:
@@ -151,6 +154,7 @@ _AFTER = (
     "false_claims",
     "sample",
     "sample_seed",
+    "among",
 )
 
 
@@ -267,6 +271,7 @@ def _controlled(command: Audit, findings: "Findings") -> "Findings":
         Verified.read(command.verified),
         confidence_level=command.confidence,
         false_claims=command.false_claims,
+        among=command.among,
     )
 
 
@@ -285,10 +290,11 @@ def _sheet(command: Audit, findings: "Findings") -> None:
         raise ValueError(
             f"{path} exists and may have been filled in; move it away before another sample is drawn."
         )
-    write_sheet(findings, path, command.sample, seed=command.sample_seed, texts=texts)
-    say(
-        f"Fill in the column is_wrong of {path}, then: headwater audit {command.run} --verified {path}"
-    )
+    options = {"among": command.among, "seed": command.sample_seed, "texts": texts}
+    write_sheet(findings, path, command.sample, **options)
+    again = f" --among {command.among}" if command.among is not None else ""
+    say(f"Fill in the column is_wrong of {path}, then:")
+    say(f"  headwater audit {command.run} --verified {path}{again}")
 
 
 def _as_json(findings: "Findings") -> dict[str, Any]:
