@@ -27,7 +27,7 @@ from headwater.core.fit import Fit
 from headwater.core.function_space.base import (
     Distance,
     Theta,
-    check_names,
+    given_tensors,
     named_tensors,
 )
 from headwater.core.function_space.chain import expected_distance, stages
@@ -132,6 +132,8 @@ class FunctionSpaceDistance(Distance):
         object.__setattr__(self, "_gated", Gated(self.model, smooth=self.smooth))
         object.__setattr__(self, "model", self._gated.model)
         object.__setattr__(self, "_kept", {})
+        made_from = {"model": fingerprint_model(self.model)} | self.facts.get("made_from", {})
+        object.__setattr__(self, "facts", self.facts | {"made_from": made_from})
         self._check()
         if self.is_deterministic:
             self._kept["chain"] = stages(self._gated, self.statistics)
@@ -168,7 +170,7 @@ class FunctionSpaceDistance(Distance):
 
     @property
     def anchor(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return named_tensors(self.model, tied=True)
 
     @property
     def n_numbers(self) -> int:
@@ -181,8 +183,7 @@ class FunctionSpaceDistance(Distance):
         return self.statistics.n_numbers - sum(r.numel() for r in self.statistics.rates.values())
 
     def __call__(self, theta: Theta, *, draw: int = 0) -> Float[Tensor, ""]:
-        given = named_tensors(theta)
-        check_names(given, self.anchor)
+        given = given_tensors(theta, self.model)
         if self.is_deterministic:
             return self._expected(given)
         drawn = self.drawn(draw)
@@ -276,8 +277,7 @@ class FunctionSpaceDistance(Distance):
             theta: Where.
             probe: Inputs of the anchor's kind; inputs drawn from its statistics when left out.
         """
-        given = named_tensors(theta)
-        check_names(given, self.anchor)
+        given = given_tensors(theta, self.model)
         with torch.no_grad():
             x = self._probe(256) if probe is None else probe.to(self._like)
             sides = [self._gated.with_pattern(t, x)[1] for t in ({}, given)]

@@ -14,7 +14,13 @@ from headwater.core.capture import BatchPlan, evaluation_mode, plan_batches
 from headwater.core.curvature import DualCurvature, Layerwise
 from headwater.core.examples import as_examples, to_device
 from headwater.core.fit import Fit
-from headwater.core.function_space.base import Distance, Theta, check_names, named_tensors
+from headwater.core.function_space.base import (
+    Distance,
+    Theta,
+    check_names,
+    given_tensors,
+    named_tensors,
+)
 from headwater.core.gradients import Factored, Gradients, dense
 from headwater.core.prediction import Categorical, Prediction
 from headwater.core.task import Task
@@ -71,7 +77,7 @@ class StoredDistance(Distance):
 
     @property
     def anchor(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return named_tensors(self.model, tied=True)
 
     @property
     def n_numbers(self) -> int:
@@ -86,8 +92,7 @@ class StoredDistance(Distance):
         return plan_batches(self.examples, **limits)
 
     def __call__(self, theta: Theta, *, draw: int = 0) -> Float[Tensor, ""]:
-        given = named_tensors(theta)
-        check_names(given, self.anchor)
+        given = given_tensors(theta, self.model)
         given = {f"model.{name}": value for name, value in given.items()}
         predicted, device = _Predicted(self.model, self.task), next(self.model.parameters()).device
         total = torch.zeros((), device=device)

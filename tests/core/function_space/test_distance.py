@@ -240,6 +240,15 @@ def test_one_relu_under_two_names_is_one_gate_at_each_call():
     torch.testing.assert_close(distance(theta), same(theta))
 
 
+def test_tied_weights_may_be_given_under_each_name():
+    net, train = mlp(4, 4, 4, 3), data(4)
+    net[2].weight = net[0].weight
+    distance, other = function_space_distance(net, train, TASK), copy.deepcopy(net)
+    with torch.no_grad():
+        other[0].weight += 0.1
+        assert float(distance(other)) == float(distance(other.state_dict())) > 0
+
+
 def test_a_checkpoint_brings_its_own_running_statistics():
     net, train = conv_net().eval(), data(36)
     other = copy.deepcopy(net)
@@ -347,6 +356,8 @@ def test_bad_options_and_foreign_parameters_are_refused():
         distance({"head.weight": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"shape \(3,\) but \(6, 4\)"):
         distance({"0.weight": torch.zeros(3)})
+    made = FunctionSpaceDistance(model=net, statistics=collect_statistics(net, TASK, train))
+    assert made.facts["made_from"]["model"] == distance.facts["made_from"]["model"]
     others = collect_statistics(mlp(4, 5, 3), TASK, train)
     with pytest.raises(ValueError, match="not of this network"):
         FunctionSpaceDistance(model=net, statistics=others)
