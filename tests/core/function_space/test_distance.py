@@ -156,6 +156,17 @@ def test_its_curvature_multiplies_as_its_product_does(method, rho):
     assert exact == pytest.approx(expected, rel=1e-2)
 
 
+@pytest.mark.parametrize("method", ["exact", "linearized"])
+def test_with_all_inputs_kept_its_curvature_is_that_of_the_data(method):
+    net, train = mlp(3, 4, 3), data(3)
+    fit = headwater.fit(net, train, TASK)
+    same = function_space_distance(fit, method=method, keep=len(train)).in_place_of_data(fit)
+    ours, theirs = (
+        f.curvature.rows.to_matrix().mT @ f.curvature.rows.to_matrix() for f in (same, fit)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
 def test_carried_moments_have_the_same_product():
     net, train = mlp(3, 4, 3), data(3)
     carried = function_space_distance(net, train, TASK, method="bgln-d", jitter=0.0)
