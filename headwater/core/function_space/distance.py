@@ -118,9 +118,9 @@ class FunctionSpaceDistance(Distance):
                 f"Expected a method among {', '.join(get_args(Method))} and rho among {', '.join(DISTANCES)}; got "
                 f"{self.method!r} and {self.rho!r}."
             )
-        if self.n_samples < len(self.statistics.counts):
+        if self.n_samples < self.statistics.n_groups:
             raise ValueError(
-                f"n_samples must be at least 1 for each of {len(self.statistics.counts)} groups; got {self.n_samples}."
+                f"n_samples must be at least 1 for each of {self.statistics.n_groups} groups; got {self.n_samples}."
             )
         if not self.jitter >= 0:
             raise ValueError(f"jitter must not be negative; got {self.jitter}.")
@@ -128,6 +128,11 @@ class FunctionSpaceDistance(Distance):
             raise ValueError(
                 f"{self.method!r} has the squared distance of outputs from moments; pass rho='squared' and no inputs, "
                 "or choose method='bgln-s'."
+            )
+        if self.inputs is not None and self.method == "bgln-s" and self.statistics.n_groups > 1:
+            raise ValueError(
+                "Kept inputs have no group, so gates cannot be drawn by the rates of groups; leave `by` out, or choose "
+                "method='linearized', which computes their gates."
             )
         object.__setattr__(self, "_gated", Gated(self.model, smooth=self.smooth))
         object.__setattr__(self, "model", self._gated.model)
@@ -205,6 +210,8 @@ class FunctionSpaceDistance(Distance):
 
     def drawn(self, draw: int = 0) -> Draw:
         """Inputs and gates of a number, the same each time; the last are kept."""
+        if self.inputs is not None and self.method != "bgln-s":
+            draw = 0  # nothing is random
         if self._kept.get("number") != draw:
             with torch.no_grad():
                 self._kept.update(number=draw, draw=self._draw(draw))
@@ -215,11 +222,8 @@ class FunctionSpaceDistance(Distance):
         x = self._gaussian(generator) if self.inputs is None else self.inputs.to(self._like)
         gates: Gates | None = None
         if self.method == "bgln-s":
-            group = torch.arange(len(x)) if self.inputs is not None else self._groups()
-            if self.inputs is not None:
-                group = torch.multinomial(
-                    self.statistics.shares, len(x), replacement=True, generator=generator
-                )
+            kept = self.inputs is not None
+            group = torch.zeros(len(x), dtype=torch.int64) if kept else self._groups()
             gates = {}
             for name, rate in self.statistics.rates.items():
                 rate = rate[group]

@@ -360,6 +360,8 @@ def test_bad_options_and_foreign_parameters_are_refused():
         function_space_distance(net, train, TASK, method="bgln-d", rho="kl")
     with pytest.raises(ValueError, match="a fit alone, or a model"):
         function_space_distance(net)
+    with pytest.raises(ValueError, match="Kept inputs have no group"):
+        function_space_distance(net, train, TASK, by="label", keep=5)
     with pytest.raises(ValueError, match="at least 1 for each of 3 groups"):
         function_space_distance(net, train, TASK, by="label", n_samples=2)
     distance = function_space_distance(net, train, TASK)
