@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from headwater.core.capture import BatchPlan, evaluation_mode, plan_batches
+from headwater.core.capture import BatchPlan, Bound, evaluation_mode, plan_batches
 from headwater.core.curvature import DualCurvature, Layerwise
 from headwater.core.examples import as_examples, to_device
 from headwater.core.fit import Fit
@@ -37,15 +36,6 @@ def divergence(before: Prediction, after: Prediction) -> Float[Tensor, " batch"]
     else:
         each = 0.5 * (after.outputs - before.outputs).square().sum(-1)
     return (each * before.mask).sum(1)
-
-
-class _Predicted(nn.Module):
-    def __init__(self, model: nn.Module, task: Task):
-        super().__init__()
-        self.model, self.task = model, task
-
-    def forward(self, batch: Any) -> Prediction:
-        return self.task.predict(self.model, batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,15 +83,17 @@ class StoredDistance(Distance):
 
     def __call__(self, theta: Theta, *, draw: int = 0) -> Float[Tensor, ""]:
         given = given_tensors(theta, self.model)
-        given = {f"model.{name}": value for name, value in given.items()}
-        predicted, device = _Predicted(self.model, self.task), next(self.model.parameters()).device
+        predicted, device = (
+            Bound(self.model, self.task.predict),
+            next(self.model.parameters()).device,
+        )
         total = torch.zeros((), device=device)
         with evaluation_mode(self.model):
             for plan in self._batches:
                 batch = to_device(self.examples.batch(plan.indices), device)
                 with torch.no_grad():
-                    before = predicted(batch)
-                after = functional_call(predicted, given, (batch,))
+                    before = predicted.at({}, batch)
+                after = predicted.at(given, batch)
                 total = total + divergence(before, after).sum()
         return total / len(self.examples)
 
