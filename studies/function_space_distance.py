@@ -1,12 +1,13 @@
 """How well summary statistics tell what a network has forgotten: function-space distances on handwritten digits.
 
-Three questions of Dhawan, Huang, Bae and Grosse (2023, arXiv:2302.03519), of perceptrons on scikit-learn's digits:
+Four questions of Dhawan, Huang, Bae and Grosse (2023, arXiv:2302.03519), of perceptrons on scikit-learn's digits:
 
 - distance: a network that knows the digits 0 to 4 is moved along random directions, and fine-tuned on 5 to 9. How far
   do estimates of the distance of its outputs on the first task follow the true one?
 - continual: it learns three tasks of three digits each. How much does it remember, by what is kept of earlier tasks?
   The weight of each penalty is chosen on other splits than those that are reported.
 - mislabel: a tenth of the labels are wrong. How well do scores tell which?
+- influence: with the distance's curvature in place of the data's, do influences rank training examples alike?
 
     python studies/function_space_distance.py --folder runs/function-space --part distance
 """
@@ -28,6 +29,7 @@ import headwater
 from headwater.adapt import Continual, Episode, OneHead, Regularizer, accuracy_of
 from headwater.core.curvature import EKFAC, KFAC, Diagonal, Dual
 from headwater.core.examples import TensorExamples
+from headwater.core.fit import Fit
 from headwater.core.function_space import (
     Distance,
     QuadraticDistance,
@@ -50,9 +52,9 @@ TASKS = ((0, 1, 2), (3, 4, 5), (6, 7, 8))
 WEIGHTS = {
     "none": (0.0,),
     "function-space": (0.1, 1.0, 10.0, 100.0),
-    "function-space, by class": (0.1, 1.0, 10.0),
-    "ewc": (100.0, 1000.0, 10_000.0),
-    "k-fac": (1.0, 10.0, 100.0),
+    "function-space, by class": (0.1, 1.0, 10.0, 100.0),
+    "ewc": (100.0, 1000.0, 10_000.0, 100_000.0),
+    "k-fac": (1.0, 10.0, 100.0, 1000.0, 10_000.0),
     "stored": (1.0, 10.0),
     "replay": (1.0,),  # old and new examples count alike
 }
@@ -74,7 +76,7 @@ class Plan:
     """
 
     folder: Path
-    part: Literal["distance", "continual", "mislabel"]
+    part: Literal["distance", "continual", "mislabel", "influence"]
     heads: Literal["own", "shared"] = "own"
     seeds: int = 5
     chosen_on: int = 2
@@ -226,58 +228,97 @@ def chosen_weights(plan: Plan, kept: "Kept") -> dict[str, float]:
 # Which labels are wrong
 
 
-def mislabel_figures(plan: Plan, seed: int) -> Figures:
-    """AUROC of each score, and how well influence without the data agrees with influence with them."""
+def trained(plan: Plan, seed: int, noise: float) -> tuple[nn.Module, TensorExamples, Tensor, Any]:
+    """A network of ten digits, some with a wrong label, its training data, which are wrong, and a held-out part."""
     train, test = split(tuple(range(10)), seed)
     x, y = train.tensors
     generator = torch.Generator().manual_seed(seed)
-    wrong = torch.rand(len(y), generator=generator) < 0.1
+    wrong = torch.rand(len(y), generator=generator) < noise
     shift = torch.randint(1, 10, (len(y),), generator=generator)
     given = torch.where(wrong, (y + shift) % 10, y)
     data = TensorExamples(x, given, metadata={"label": given.tolist()})
-    model, task = mlp([64, plan.hidden, plan.hidden, 10], seed=seed), Classification()
-    rule = SGD(lr=0.05, momentum=0.9, weight_decay=1e-3, batch_size=32, epochs=plan.epochs)
-    episode = Episode(name="noisy", train=data, test=test, task=task)
-    learner_of = Continual(optimizer=rule)
-    learner_of.learn(model, episode, Regularizer(), seed=seed)
-    options = {"weight_decay": 1e-3, "horizon": rule.horizon(len(data))}
-    dual = headwater.fit(model, data, task, curvature=Dual(), **options)
-    ekfac = headwater.fit(model, data, task, curvature=EKFAC(fisher="exact"), **options)
+    model = mlp([64, plan.hidden, plan.hidden, 10], seed=seed)
+    episode = Episode(name="digits", train=data, test=test, task=Classification())
+    Continual(optimizer=rule_of(plan)).learn(model, episode, Regularizer(), seed=seed)
+    return model, data, wrong, test
+
+
+def rule_of(plan: Plan) -> SGD:
+    """Descent with momentum and the weight decay that becomes the damping."""
+    return SGD(lr=0.05, momentum=0.9, weight_decay=1e-3, batch_size=32, epochs=plan.epochs)
+
+
+def fitted(plan: Plan, model: nn.Module, data: TensorExamples, curvature: Any) -> Fit:
+    """A fit that knows how the network was trained."""
+    rule = rule_of(plan)
+    options = {"weight_decay": rule.weight_decay, "horizon": rule.horizon(len(data))}
+    return headwater.fit(model, data, Classification(), curvature=curvature, **options)
+
+
+RATES: dict[str, Any] = {"damping": "weight_decay"}
+
+
+def mislabel_figures(plan: Plan, seed: int) -> Figures:
+    """AUROC of each score."""
+    model, data, wrong, test = trained(plan, seed, 0.1)
+    x, given = data.tensors
+    dual = fitted(plan, model, data, Dual())
+    ekfac = fitted(plan, model, data, EKFAC(fisher="exact"))
     with torch.no_grad():
         logits = model(x)
     distance = function_space_distance(dual)
     by_class = function_space_distance(dual, by="label")
-    rates = {"damping": "weight_decay"}
     scores = {
         "loss of the given label": cross_entropy(logits, given, reduction="none"),
-        "self-influence, data's curvature (dual)": Influence(**rates).self_influence(dual),
-        "self-influence, data's curvature (EK-FAC)": Influence(**rates).self_influence(ekfac),
-        "self-influence, LAFTR": mislabel_scores(dual, distance, **rates),
-        "self-influence, LAFTR by class": mislabel_scores(dual, by_class, **rates),
+        "self-influence, data's curvature (dual)": Influence(**RATES).self_influence(dual),
+        "self-influence, data's curvature (EK-FAC)": Influence(**RATES).self_influence(ekfac),
+        "self-influence, LAFTR": mislabel_scores(dual, distance, **RATES),
+        "self-influence, LAFTR by class": mislabel_scores(dual, by_class, **RATES),
     }
     found: Figures = {
         name: {"auroc": mislabel_auc(s, wrong, n_samples=2).value} for name, s in scores.items()
     }
+    found["model"] = {"test accuracy": accuracy_of(model, Classification(), test)}
+    return found
+
+
+def influence_figures(plan: Plan, seed: int) -> Figures:
+    """Rank agreement with influence under the exact curvature, and with responses held by all of the data."""
+    model, data, _, test = trained(plan, seed, 0.0)
+    dual = fitted(plan, model, data, Dual())
     queries = TensorExamples(*(t[:40] for t in test.tensors))
-    of_data = Influence(n_intervals=0, **rates).attribute(dual, queries)
-    instead = Influence(n_intervals=0, **rates).attribute(distance.in_place_of_data(dual), queries)
-    first_class = Influence(n_intervals=0, **rates).attribute(
-        by_class.in_place_of_data(dual), queries
-    )
-    agree = {"one group": instead, "by class": first_class}
-    for name, other in agree.items():
-        rank = spearman(of_data.values.double(), other.values.double())
-        found[f"influence, {name}"] = {"spearman": float(rank.nanmean())}
-    some = torch.randperm(len(data), generator=generator)[:8].tolist()
-    few = TensorExamples(*(t[:10] for t in test.tensors))
-    response = Proximal(steps=40, tolerance=1e-2, **rates)
-    exact = response.attribute(dual, few, among=some).values.double()
-    free = response.attribute(dual, few, among=some, distance=distance).values.double()
-    linear = of_data.values[:10][:, some].double()
-    for name, values in (("LAFTR", free), ("linear, data's curvature", linear)):
-        rank = spearman(exact, values)
-        found[f"response, {name}"] = {"spearman": float(rank.nanmean())}
-    found["model"] = {"test accuracy": accuracy_of(model, task, test)}
+    ask = Influence(n_intervals=0, **RATES)
+    exact = ask.attribute(dual, queries).values.double()
+
+    def free(**options: Any) -> Fit:
+        return function_space_distance(dual, **options).in_place_of_data(dual)
+
+    fits = {
+        "exact, all inputs": free(method="exact", keep=len(data)),
+        "exact, 200 stored inputs": free(method="exact", keep=200),
+        "exact network, drawn inputs, by class": free(method="exact", by="label"),
+        "LAFTR (BGLN-S)": free(),
+        "LAFTR, by class": free(by="label"),
+        "EK-FAC": fitted(plan, model, data, EKFAC(fisher="exact")),
+        "diagonal": fitted(plan, model, data, Diagonal(fisher="exact")),
+        "identity": fitted(plan, model, data, "identity"),
+    }
+    found: Figures = {}
+    for name, fit in fits.items():
+        values = ask.attribute(fit, queries).values.double()
+        found[name] = {"influence spearman": float(spearman(exact, values).nanmean())}
+    some = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:8].tolist()
+    few, response = queries.subset(range(10)), Proximal(steps=40, tolerance=1e-2, **RATES)
+    held = {
+        "LAFTR (BGLN-S)": function_space_distance(dual),
+        "LAFTR, by class": function_space_distance(dual, by="label"),
+    }
+    truth = response.attribute(dual, few, among=some).values.double()
+    others = {n: response.attribute(dual, few, among=some, distance=d) for n, d in held.items()}
+    others = {n: scores.values.double() for n, scores in others.items()}
+    others["exact, all inputs"] = exact[:10][:, some]  # their derivative
+    for name, values in others.items():
+        found[name]["response spearman"] = float(spearman(truth, values).nanmean())
     return found
 
 
@@ -353,7 +394,11 @@ def main(plan: Plan, *, say: Callable[[str], None] = print) -> str:
     if plan.part == "continual":
         table = continual_table(plan, kept)
     else:
-        measure = {"distance": distance_figures, "mislabel": mislabel_figures}[plan.part]
+        measure = {
+            "distance": distance_figures,
+            "mislabel": mislabel_figures,
+            "influence": influence_figures,
+        }[plan.part]
         runs = [kept(f"seed {seed}", measure, plan, seed) for seed in range(plan.seeds)]
         columns = {
             "distance": [
@@ -362,7 +407,8 @@ def main(plan: Plan, *, say: Callable[[str], None] = print) -> str:
                 "tuning largest",
                 "random largest",
             ],
-            "mislabel": ["auroc", "spearman", "test accuracy"],
+            "mislabel": ["auroc", "test accuracy"],
+            "influence": ["influence spearman", "response spearman"],
         }[plan.part]
         table = figures_table(runs, columns)
     say(table)

@@ -18,9 +18,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from headwater.core.capture import Progress, plan_batches
+from headwater.core.capture import Bound, Progress, plan_batches
 from headwater.core.curvature import KFAC, Diagonal
 from headwater.core.examples import Examples, as_examples, to_device
 from headwater.core.fit import fit
@@ -72,23 +71,13 @@ class Replay:
 
     def __call__(self, theta: Theta, *, draw: int = 0) -> Float[Tensor, ""]:
         batch = self.examples.batch(range(len(self.examples)))
-        values = {f"model.{k}": v for k, v in named_tensors(theta).items()}
-        return functional_call(_Lossy(self.model, self.task), values, (batch,)).mean()
+        return Bound(self.model, self.task.loss).at(named_tensors(theta), batch).mean()
 
     @property
     def n_numbers(self) -> int:
         """Numbers that are kept."""
         batch = self.examples.batch([0])
         return len(self.examples) * sum(t.numel() for t in batch)
-
-
-class _Lossy(nn.Module):
-    def __init__(self, model: nn.Module, task: Task):
-        super().__init__()
-        self.model, self.task = model, task
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.task.loss(self.model, batch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -449,7 +449,7 @@ class Capture:
         return self._one_by_one(data, target, keys, fixed)
 
     def _by_vmap(self, data: Any, target: Target, keys: Tensor, fixed: Any) -> dict[str, Tensor]:
-        bound = _Bound(self.model, lambda m, d, k, f: target(m, self.task, d, k, f)[0].sum())
+        bound = Bound(self.model, lambda m, d, k, f: target(m, self.task, d, k, f)[0].sum())
         leaves, spec = pytree.tree_flatten((data, keys, fixed))
 
         def value(parameters: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:
@@ -499,7 +499,7 @@ def _check(values: Tensor, batch: BatchInfo) -> None:
         )
 
 
-class _Bound(nn.Module):
+class Bound(nn.Module):
     """A function of a model, as a module, so that `functional_call` can replace the model's parameters."""
 
     def __init__(self, model: nn.Module, function: Callable):
@@ -508,6 +508,11 @@ class _Bound(nn.Module):
 
     def forward(self, *args):
         return self.function(self.model, *args)
+
+    def at(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
+        """The function's value with some of the model's parameters replaced."""
+        named = {f"model.{name}": value for name, value in parameters.items()}
+        return torch.func.functional_call(self, named, args)
 
 
 def _mask_for(masks: dict[str, Tensor | None], module: str, grad: Tensor) -> Tensor | None:

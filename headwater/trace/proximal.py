@@ -21,37 +21,18 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from headwater.core.capture import Progress, evaluation_mode
+from headwater.core.capture import Bound, Progress, evaluation_mode
 from headwater.core.damping import Damping
 from headwater.core.examples import Examples, as_examples, to_device
 from headwater.core.fit import Fit
 from headwater.core.function_space import Distance, FunctionSpaceDistance, StoredDistance
 from headwater.core.scores import Scores
-from headwater.core.task import Measurement, Task, measurement_function, measurement_name
+from headwater.core.task import Measurement, measurement_function, measurement_name
 from headwater.trace.base import Attributor, asked
 from headwater.trace.influence import Influence
 
 Parameters = dict[str, Tensor]
-
-
-class _Valued(nn.Module):
-    """What a measurement says of a batch, as a module, so that the model's parameters can be replaced."""
-
-    def __init__(self, model: nn.Module, task: Task, measurement: Measurement):
-        super().__init__()
-        self.model, self.task, self.measurement = model, task, measurement
-
-    def forward(self, batch: Any) -> Tensor:
-        if self.measurement == "loss":
-            return self.task.loss(self.model, batch)
-        return measurement_function(self.measurement)(self.task.predict(self.model, batch))
-
-    def at(self, parameters: Parameters, batch: Any) -> Tensor:
-        """The values with other parameters."""
-        named = {f"model.{name}": value for name, value in parameters.items()}
-        return functional_call(self, named, (batch,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +143,7 @@ class Proximal(Attributor):
         start = {name: named[name].detach() for layer in fit.followed for name in layer.parameters}
         theta = {name: value.clone().requires_grad_() for name, value in start.items()}
         batch = to_device(fit.train.batch([number]), next(iter(start.values())).device)
-        loss, leaves = _Valued(fit.model, fit.task, "loss"), list(theta.values())
+        loss, leaves = Bound(fit.model, fit.task.loss), list(theta.values())
 
         def objective() -> Tensor:
             moved = sum((theta[k] - start[k]).square().sum() for k in theta)
@@ -219,7 +200,13 @@ def _measured(
     fit: Fit, examples: Examples, measurement: Measurement, theta: Parameters
 ) -> Float[Tensor, " n"]:
     """A measurement of all examples with other parameters, float64."""
-    valued = _Valued(fit.model, fit.task, measurement)
+
+    def value(model: nn.Module, batch: Any) -> Tensor:
+        if measurement == "loss":
+            return fit.task.loss(model, batch)
+        return measurement_function(measurement)(fit.task.predict(model, batch))
+
+    valued = Bound(fit.model, value)
     device, found = next(fit.model.parameters()).device, torch.empty(len(examples)).double()
     with evaluation_mode(fit.model), torch.no_grad():
         for plan in fit.batches(examples):

@@ -51,11 +51,31 @@ class Distance(ABC):
         return jvp(grad(lambda t: self(t, draw=draw)), (point,), (dict(tangent),))[1]
 
 
-def named_tensors(theta: Theta) -> dict[str, Tensor]:
-    """Parameters and buffers by their names; those of a model carry its gradients."""
+def named_tensors(theta: Theta, *, tied: bool = False) -> dict[str, Tensor]:
+    """Parameters and buffers by their names; those of a model carry its gradients.
+
+    Args:
+        theta: A model, or parameters by their names.
+        tied: Give one that has several names under each of them.
+    """
     if isinstance(theta, nn.Module):
-        return dict(theta.named_parameters()) | dict(theta.named_buffers())
+        parameters = dict(theta.named_parameters(remove_duplicate=not tied))
+        return parameters | dict(theta.named_buffers(remove_duplicate=not tied))
     return dict(theta)
+
+
+def given_tensors(theta: Theta, model: nn.Module) -> dict[str, Tensor]:
+    """Parameters for a copy of a model, each under one of its names.
+
+    Raises:
+        ValueError: A name or a shape is not the model's; the message names it.
+    """
+    given, first = named_tensors(theta), {}
+    check_names(given, named_tensors(model, tied=True))
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(p), name) != name and first[id(p)] in given:
+            given.pop(name, None)
+    return given
 
 
 def check_names(theta: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> None:

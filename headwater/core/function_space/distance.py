@@ -27,7 +27,7 @@ from headwater.core.fit import Fit
 from headwater.core.function_space.base import (
     Distance,
     Theta,
-    check_names,
+    given_tensors,
     named_tensors,
 )
 from headwater.core.function_space.chain import expected_distance, stages
@@ -118,9 +118,9 @@ class FunctionSpaceDistance(Distance):
                 f"Expected a method among {', '.join(get_args(Method))} and rho among {', '.join(DISTANCES)}; got "
                 f"{self.method!r} and {self.rho!r}."
             )
-        if self.n_samples < len(self.statistics.counts):
+        if self.n_samples < self.statistics.n_groups:
             raise ValueError(
-                f"n_samples must be at least 1 for each of {len(self.statistics.counts)} groups; got {self.n_samples}."
+                f"n_samples must be at least 1 for each of {self.statistics.n_groups} groups; got {self.n_samples}."
             )
         if not self.jitter >= 0:
             raise ValueError(f"jitter must not be negative; got {self.jitter}.")
@@ -129,9 +129,16 @@ class FunctionSpaceDistance(Distance):
                 f"{self.method!r} has the squared distance of outputs from moments; pass rho='squared' and no inputs, "
                 "or choose method='bgln-s'."
             )
+        if self.inputs is not None and self.method == "bgln-s" and self.statistics.n_groups > 1:
+            raise ValueError(
+                "Kept inputs have no group, so gates cannot be drawn by the rates of groups; leave `by` out, or choose "
+                "method='linearized', which computes their gates."
+            )
         object.__setattr__(self, "_gated", Gated(self.model, smooth=self.smooth))
         object.__setattr__(self, "model", self._gated.model)
         object.__setattr__(self, "_kept", {})
+        made_from = {"model": fingerprint_model(self.model)} | self.facts.get("made_from", {})
+        object.__setattr__(self, "facts", self.facts | {"made_from": made_from})
         self._check()
         if self.is_deterministic:
             self._kept["chain"] = stages(self._gated, self.statistics)
@@ -168,7 +175,7 @@ class FunctionSpaceDistance(Distance):
 
     @property
     def anchor(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return named_tensors(self.model, tied=True)
 
     @property
     def n_numbers(self) -> int:
@@ -181,8 +188,7 @@ class FunctionSpaceDistance(Distance):
         return self.statistics.n_numbers - sum(r.numel() for r in self.statistics.rates.values())
 
     def __call__(self, theta: Theta, *, draw: int = 0) -> Float[Tensor, ""]:
-        given = named_tensors(theta)
-        check_names(given, self.anchor)
+        given = given_tensors(theta, self.model)
         if self.is_deterministic:
             return self._expected(given)
         drawn = self.drawn(draw)
@@ -204,6 +210,8 @@ class FunctionSpaceDistance(Distance):
 
     def drawn(self, draw: int = 0) -> Draw:
         """Inputs and gates of a number, the same each time; the last are kept."""
+        if self.inputs is not None and self.method != "bgln-s":
+            draw = 0  # nothing is random
         if self._kept.get("number") != draw:
             with torch.no_grad():
                 self._kept.update(number=draw, draw=self._draw(draw))
@@ -214,11 +222,8 @@ class FunctionSpaceDistance(Distance):
         x = self._gaussian(generator) if self.inputs is None else self.inputs.to(self._like)
         gates: Gates | None = None
         if self.method == "bgln-s":
-            group = torch.arange(len(x)) if self.inputs is not None else self._groups()
-            if self.inputs is not None:
-                group = torch.multinomial(
-                    self.statistics.shares, len(x), replacement=True, generator=generator
-                )
+            kept = self.inputs is not None
+            group = torch.zeros(len(x), dtype=torch.int64) if kept else self._groups()
             gates = {}
             for name, rate in self.statistics.rates.items():
                 rate = rate[group]
@@ -276,8 +281,7 @@ class FunctionSpaceDistance(Distance):
             theta: Where.
             probe: Inputs of the anchor's kind; inputs drawn from its statistics when left out.
         """
-        given = named_tensors(theta)
-        check_names(given, self.anchor)
+        given = given_tensors(theta, self.model)
         with torch.no_grad():
             x = self._probe(256) if probe is None else probe.to(self._like)
             sides = [self._gated.with_pattern(t, x)[1] for t in ({}, given)]

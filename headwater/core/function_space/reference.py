@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from headwater.core.capture import BatchPlan, evaluation_mode, plan_batches
+from headwater.core.capture import BatchPlan, Bound, evaluation_mode, plan_batches
 from headwater.core.curvature import DualCurvature, Layerwise
 from headwater.core.examples import as_examples, to_device
 from headwater.core.fit import Fit
-from headwater.core.function_space.base import Distance, Theta, check_names, named_tensors
+from headwater.core.function_space.base import (
+    Distance,
+    Theta,
+    check_names,
+    given_tensors,
+    named_tensors,
+)
 from headwater.core.gradients import Factored, Gradients, dense
 from headwater.core.prediction import Categorical, Prediction
 from headwater.core.task import Task
@@ -31,15 +36,6 @@ def divergence(before: Prediction, after: Prediction) -> Float[Tensor, " batch"]
     else:
         each = 0.5 * (after.outputs - before.outputs).square().sum(-1)
     return (each * before.mask).sum(1)
-
-
-class _Predicted(nn.Module):
-    def __init__(self, model: nn.Module, task: Task):
-        super().__init__()
-        self.model, self.task = model, task
-
-    def forward(self, batch: Any) -> Prediction:
-        return self.task.predict(self.model, batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +67,7 @@ class StoredDistance(Distance):
 
     @property
     def anchor(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return named_tensors(self.model, tied=True)
 
     @property
     def n_numbers(self) -> int:
@@ -86,17 +82,18 @@ class StoredDistance(Distance):
         return plan_batches(self.examples, **limits)
 
     def __call__(self, theta: Theta, *, draw: int = 0) -> Float[Tensor, ""]:
-        given = named_tensors(theta)
-        check_names(given, self.anchor)
-        given = {f"model.{name}": value for name, value in given.items()}
-        predicted, device = _Predicted(self.model, self.task), next(self.model.parameters()).device
+        given = given_tensors(theta, self.model)
+        predicted, device = (
+            Bound(self.model, self.task.predict),
+            next(self.model.parameters()).device,
+        )
         total = torch.zeros((), device=device)
         with evaluation_mode(self.model):
             for plan in self._batches:
                 batch = to_device(self.examples.batch(plan.indices), device)
                 with torch.no_grad():
-                    before = predicted(batch)
-                after = functional_call(predicted, given, (batch,))
+                    before = predicted.at({}, batch)
+                after = predicted.at(given, batch)
                 total = total + divergence(before, after).sum()
         return total / len(self.examples)
 

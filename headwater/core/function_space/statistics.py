@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from headwater.core.capture import (
     Accumulator,
@@ -55,6 +56,11 @@ class AnchorStatistics:
     def shares(self) -> Float[Tensor, " group"]:
         """Share of the examples in each group."""
         return self.counts / self.counts.sum()
+
+    @property
+    def n_groups(self) -> int:
+        """How many groups are kept apart."""
+        return len(self.counts)
 
     @property
     def is_diagonal(self) -> bool:
@@ -172,11 +178,12 @@ class GateStatistics(Accumulator):
                 "must hold one row an example."
             )
         self.input_shape = tuple(x.shape[1:])
-        group = torch.zeros_like(batch.indices) if self.groups is None else self.groups
-        group = group[batch.indices].to(x.device) if self.groups is not None else group.to(x.device)
+        every = batch.indices
+        group = torch.zeros_like(every) if self.groups is None else self.groups[every.cpu()]
+        group = group.to(x.device)
         weight = torch.ones(len(x), dtype=torch.float64, device=x.device)
         weight = weight if batch.share is None else batch.share.to(weight)
-        member = torch.nn.functional.one_hot(group, self.n_groups).double() * weight[:, None]
+        member = one_hot(group, self.n_groups).double() * weight[:, None]
         flat = x.flatten(1).double()
         self._add("count", member.sum(0))
         self._add("mean", member.mT @ flat)

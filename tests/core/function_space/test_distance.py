@@ -156,6 +156,17 @@ def test_its_curvature_multiplies_as_its_product_does(method, rho):
     assert exact == pytest.approx(expected, rel=1e-2)
 
 
+@pytest.mark.parametrize("method", ["exact", "linearized"])
+def test_with_all_inputs_kept_its_curvature_is_that_of_the_data(method):
+    net, train = mlp(3, 4, 3), data(3)
+    fit = headwater.fit(net, train, TASK)
+    same = function_space_distance(fit, method=method, keep=len(train)).in_place_of_data(fit)
+    ours, theirs = (
+        f.curvature.rows.to_matrix().mT @ f.curvature.rows.to_matrix() for f in (same, fit)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
 def test_carried_moments_have_the_same_product():
     net, train = mlp(3, 4, 3), data(3)
     carried = function_space_distance(net, train, TASK, method="bgln-d", jitter=0.0)
@@ -238,6 +249,15 @@ def test_one_relu_under_two_names_is_one_gate_at_each_call():
     apart.load_state_dict(net.state_dict())
     same = function_space_distance(apart, train, TASK, method="bgln-d")
     torch.testing.assert_close(distance(theta), same(theta))
+
+
+def test_tied_weights_may_be_given_under_each_name():
+    net, train = mlp(4, 4, 4, 3), data(4)
+    net[2].weight = net[0].weight
+    distance, other = function_space_distance(net, train, TASK), copy.deepcopy(net)
+    with torch.no_grad():
+        other[0].weight += 0.1
+        assert float(distance(other)) == float(distance(other.state_dict())) > 0
 
 
 def test_a_checkpoint_brings_its_own_running_statistics():
@@ -340,6 +360,8 @@ def test_bad_options_and_foreign_parameters_are_refused():
         function_space_distance(net, train, TASK, method="bgln-d", rho="kl")
     with pytest.raises(ValueError, match="a fit alone, or a model"):
         function_space_distance(net)
+    with pytest.raises(ValueError, match="Kept inputs have no group"):
+        function_space_distance(net, train, TASK, by="label", keep=5)
     with pytest.raises(ValueError, match="at least 1 for each of 3 groups"):
         function_space_distance(net, train, TASK, by="label", n_samples=2)
     distance = function_space_distance(net, train, TASK)
@@ -347,6 +369,8 @@ def test_bad_options_and_foreign_parameters_are_refused():
         distance({"head.weight": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"shape \(3,\) but \(6, 4\)"):
         distance({"0.weight": torch.zeros(3)})
+    made = FunctionSpaceDistance(model=net, statistics=collect_statistics(net, TASK, train))
+    assert made.facts["made_from"]["model"] == distance.facts["made_from"]["model"]
     others = collect_statistics(mlp(4, 5, 3), TASK, train)
     with pytest.raises(ValueError, match="not of this network"):
         FunctionSpaceDistance(model=net, statistics=others)
