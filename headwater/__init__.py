@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwater import core, curate, data, models, numerics, report, trace, training
+    from headwater import adapt, core, curate, data, models, numerics, report, trace, training
     from headwater.core.examples import Examples, TensorExamples
     from headwater.core.fit import fit, load
     from headwater.core.provenance import cite
@@ -40,6 +40,7 @@ __all__ = [
     "Task",
     "TensorExamples",
     "__version__",
+    "adapt",
     "cite",
     "core",
     "curate",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import BatchPlan, Precision, sweep, units_of
@@ -41,6 +42,7 @@ class Layerwise(Curvature):
         n_folds: Examples in each fold.
         facts: Numbers worth telling.
         others: The curvature with each fold left out, where these have eigenbases of their own.
+        inputs: Eigenvalues (in) of each layer's activation covariance, in its basis Q_A.
     """
 
     kind: ClassVar[str] = "layerwise"
@@ -52,8 +54,9 @@ class Layerwise(Curvature):
         n_folds: Tensor,
         facts: dict[str, Any] | None = None,
         others: Sequence["Layerwise"] = (),
+        inputs: dict[str, Tensor] | None = None,
     ):
-        self.others = list(others)
+        self.others, self.inputs = list(others), inputs or {}
         self.bases, self.sums, self.n_folds, self.facts = bases, sums, n_folds.double(), facts or {}
         self.n_examples = float(n_folds.sum())
         self.eigenvalues = {
@@ -93,6 +96,19 @@ class Layerwise(Curvature):
     def spectra(self) -> dict[str, Tensor]:
         return self.eigenvalues
 
+    def activation_covariance(self, name: str) -> Float[Tensor, "*group in in"]:
+        """A of a layer: the mean of its inputs' outer products over positions, undamped, a bias' one as last input.
+
+        Raises:
+            ValueError: It was not kept.
+        """
+        if name not in self.inputs:
+            raise ValueError(
+                f"The fit holds no activation covariance of {name!r}; fit again with curvature='ekfac' or 'kfac'."
+            )
+        values, Q_A = self.inputs[name], self.bases[name][0]
+        return torch.diag_embed(values) if Q_A is None else Q_A * values[..., None, :] @ Q_A.mT
+
     @property
     def n_replicates(self) -> int:
         return len(self.n_folds) if int((self.n_folds > 0).sum()) > 1 else 0
@@ -112,6 +128,7 @@ class Layerwise(Curvature):
         for name, (Q_A, Q_G) in self.bases.items():
             state |= {} if Q_A is None else {f"Q_A:{name}": Q_A}
             state |= {} if Q_G is None else {f"Q_G:{name}": Q_G}
+            state |= {f"D_A:{name}": self.inputs[name]} if name in self.inputs else {}
             state[f"sums:{name}"] = self.sums[name]
         for k, other in enumerate(self.others):
             state |= {f"without {k}:{name}": t for name, t in other.tensors().items()}
@@ -125,7 +142,8 @@ class Layerwise(Curvature):
         while own := _under(tensors, f"without {len(others)}:"):
             others.append(cls.from_tensors(own, {}))
         sums = {n: tensors[f"sums:{n}"] for n in names}
-        return cls(bases, sums, tensors["n_folds"], facts, others)
+        inputs = {n: tensors[f"D_A:{n}"] for n in names if f"D_A:{n}" in tensors}
+        return cls(bases, sums, tensors["n_folds"], facts, others, inputs)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -281,7 +299,16 @@ class KFAC(_Sampled):
             eigenvalues = positions * D_G[..., :, None] * D_A[..., None, :]
             sums[name] = (moments.n_examples * eigenvalues)[None].to(moments.sums[f"G:{name}"])
         n = torch.tensor([moments.n_examples])
-        return Layerwise(bases, sums, n, _facts(lost, moments=moments))
+        facts = _facts(lost, moments=moments)
+        return Layerwise(bases, sums, n, facts, inputs=self._inputs(moments, values))
+
+    def _inputs(self, moments: SecondMoments, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Eigenvalues of the activation covariances; of sums over positions there are none worth keeping."""
+        if self.approximation == "reduce":
+            return {}
+        layers = moments.layers.items()
+        inputs = {name: values[f"A:{layer.input_group}"] for name, layer in layers}
+        return {name: v.to(moments.sums[f"G:{name}"]) for name, v in inputs.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,11 +339,12 @@ class EKFAC(KFAC):
         if self.has_own_bases(layers) and len({batch.fold for batch in context.batches}) > 1:
             return self._fit_by_fold(context, layers)
         moments, _ = self.moments(context)
-        _, bases = eigenbases(moments, values=False)
+        values, bases = eigenbases(moments, values=False)
         sums = EigenvalueSums(context.capture.layers.values(), bases, folds=self.folds)
         lost = self.eigenvalues(context, sums)
         facts = _facts(lost, moments=moments, eigenvalues=sums)
-        return Layerwise(bases, sums.finish(), sums.n_examples, facts)
+        inputs = self._inputs(moments, values)
+        return Layerwise(bases, sums.finish(), sums.n_examples, facts, inputs=inputs)
 
     def eigenvalues(self, context: FitContext, sums: EigenvalueSums | ByFold) -> LostTrace:
         # fresh labels, so that the eigenvalues are not fitted to the draws that chose the basis
@@ -327,17 +355,21 @@ class EKFAC(KFAC):
         """The same, with a replicate for each fold that has its own factors, basis and eigenvalues."""
         gathered = MomentsByFold(layers, self.folds, **self._moment_options)
         self._pass(context, gathered, stage="moments", seed=self.seed)
-        left_out = [None, *range(self.folds)]
-        bases = [eigenbases(gathered.without(fold), values=False)[1] for fold in left_out]
+        every = gathered.without(None)
+        values, basis = eigenbases(every, values=False)
+        bases = [basis]
+        for fold in range(self.folds):
+            bases.append(eigenbases(gathered.without(fold), values=False)[1])
         sums = EigenvaluesByFold(layers, bases, self.folds)
         lost = self.eigenvalues(context, sums)
         whole, *rest = sums.eigenvalues
-        facts = _facts(lost, moments=gathered.without(None), eigenvalues=whole)
+        facts = _facts(lost, moments=every, eigenvalues=whole)
         others = [
             Layerwise(basis, other.finish(), other.n_examples)
             for basis, other in zip(bases[1:], rest, strict=True)
         ]
-        return Layerwise(bases[0], whole.finish(), whole.n_examples, facts, others)
+        inputs = self._inputs(every, values)
+        return Layerwise(bases[0], whole.finish(), whole.n_examples, facts, others, inputs)
 
 
 def eigenbases(
