@@ -72,19 +72,23 @@ class Row:
 
 
 def smollm_rows() -> Iterator[Row]:
-    """The most telling first: 2 bits, 3 bits, seeds, 4 bits."""
+    """The most telling first, so that a part of them is a table already."""
     yield Row("smollm")
     for bits in (2, 3):
         for rounding in reversed(ROUNDINGS):
             for incoherence in (True, False):
                 yield Row("smollm", QuIP(bits=bits, rounding=rounding, incoherence=incoherence))
-    for bits, roundings in ((2, reversed(ROUNDINGS)), (3, ("ldlq", "nearest"))):
-        for rounding in roundings:
-            for seed in (1, 2):
-                yield Row("smollm", QuIP(bits=bits, rounding=rounding, seed=seed))
-    for rounding in ROUNDINGS:
+    for seed in (1, 2):
+        yield Row("smollm", QuIP(bits=2, rounding="ldlq", seed=seed))
+        yield Row("smollm", QuIP(bits=2, rounding="nearest", seed=seed))
+    for rounding in ("ldlq", "nearest"):
         for incoherence in (True, False):
             yield Row("smollm", QuIP(bits=4, rounding=rounding, incoherence=incoherence))
+    for bits, rounding in ((2, "ldlq_rg"), (3, "ldlq"), (3, "nearest"), (3, "ldlq_rg")):
+        for seed in (1, 2):
+            yield Row("smollm", QuIP(bits=bits, rounding=rounding, seed=seed))
+    for incoherence in (True, False):
+        yield Row("smollm", QuIP(bits=4, incoherence=incoherence))
 
 
 # Data

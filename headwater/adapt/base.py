@@ -210,9 +210,7 @@ def chosen_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
         uses[id(p)] = uses.get(id(p), 0) + 1
     linear, tied = [], []
     for name, module in model.named_modules():
-        plain = module_kind(module) in ("linear", "conv1d") and not isinstance(
-            module, QuantizedLinear
-        )
+        plain = module_kind(module) in ("linear", "conv1d") and "lora_" not in name
         weight = getattr(module, "weight", None)
         if plain and isinstance(weight, nn.Parameter) and weight.is_floating_point():
             (linear if uses[id(weight)] == 1 else tied).append(name)
@@ -252,7 +250,9 @@ class _Kept:
         total: Layers in all.
     """
 
-    def __init__(self, folder: Path | None, method: QuIP, progress: Progress | None, total: int):
+    def __init__(
+        self, folder: Path | None, method: Quantizer, progress: Progress | None, total: int
+    ):
         self.folder, self.method, self.progress, self.total = folder, method, progress, total
         self.done = 0
 

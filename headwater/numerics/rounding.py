@@ -182,23 +182,24 @@ def greedy(
         block: Columns that get the changes of all before them by one product.
     """
     G = H / H.diagonal()  # column i in units of H_ii
-    Wt, found = W.mT.contiguous(), rounded.mT.contiguous()
+    found, error = rounded.mT.contiguous(), (rounded - W).mT.contiguous()
     limit = top if clamp == "step" else None
     for _ in range(passes):
         before = found.clone()
-        for start in range(0, len(Wt), block):
-            stop = min(start + block, len(Wt))
-            best = found[start:stop] - G[:, start:stop].mT @ (
-                found - Wt
-            )  # but for moves within the block
+        for start in range(0, len(found), block):
+            stop = min(start + block, len(found))
+            # the best integers, but for what moves within the block
+            best = found[start:stop] - G[:, start:stop].mT @ error
             moved = torch.empty_like(best)
             for k in range(start, stop):
                 i = k - start
                 z = torch.addmv(best[i], moved[:i].mT, G[start:k, k], alpha=-1)
                 torch.sub(quantize(z, limit), found[k], out=moved[i])
             found[start:stop] += moved
+            error[start:stop] += moved
         if top is not None and clamp == "pass":
-            found = found.clamp(0, top)
+            error += found.clamp(0, top) - found
+            found.clamp_(0, top)
         if torch.equal(found, before):
             break
     return found.mT.contiguous()

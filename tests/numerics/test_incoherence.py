@@ -85,7 +85,7 @@ def test_turning_keeps_the_outputs():
 def test_the_balance_is_the_best_diagonal():
     W, x = torch.randn(5, 6, dtype=DOUBLE), torch.randn(30, 6, dtype=DOUBLE) * torch.arange(1, 7)
     H = x.mT @ x
-    scaled_W, scaled_H, D = balance(W, H)
+    scaled_W, scaled_H, _ = balance(W, H)
     least = float(scaled_H.trace() * scaled_W.square().sum())
     torch.testing.assert_close(scaled_W.square().sum(0), scaled_H.diagonal(), rtol=1e-9, atol=0)
     for seed in range(5):

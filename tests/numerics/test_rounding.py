@@ -212,7 +212,7 @@ def test_methods_rank_as_they_should_on_correlated_inputs():
     loss = {name: proxy_loss(x, W, H) for name, x in found.items()}
     assert loss["ldlq_rg"] < loss["ldlq"] < loss["nearest"]
     assert loss["greedy"] < loss["nearest"]
-    assert all(0 <= float(x.min()) and float(x.max()) <= 3 for x in found.values())
+    assert all(float(x.min()) >= 0 and float(x.max()) <= 3 for x in found.values())
 
 
 def test_a_row_grid_holds_the_extremes_and_zero():
