@@ -10,7 +10,7 @@ import shutil
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
@@ -26,7 +26,13 @@ from headwater.core.capture import Progress, plan_batches
 from headwater.core.curvature import Layerwise
 from headwater.core.examples import Examples, as_examples
 from headwater.core.files import ArtifactMismatch
-from headwater.core.fingerprint import fingerprint_json, fingerprint_model, portable, short
+from headwater.core.fingerprint import (
+    fingerprint_json,
+    fingerprint_model,
+    fingerprint_tensors,
+    portable,
+    short,
+)
 from headwater.core.fit import Fit
 from headwater.core.layers import module_kind
 from headwater.core.locks import FolderLock
@@ -131,8 +137,9 @@ class Quantizer(ABC):
 
         Args:
             model: The model.
-            data: A `Fit` of this model, whose activation covariances are read; or calibration examples, which are run
-                through the model block by block, the blocks before already quantized, as in the paper.
+            data: A `Fit` of this model, whose activation covariances are read; calibration examples, which are run
+                through the model block by block, the blocks before already quantized, as in the paper; or second
+                moments by name, as `headwater.core.forward.input_moments` gives them.
             task: The task, with examples.
             folder: Where finished layers are kept until all are, so that a killed run goes on where it stopped.
             batch_size: Most calibration examples in a batch.
@@ -148,13 +155,16 @@ class Quantizer(ABC):
         new = _shared_copy(model)
         if isinstance(data, Fit):
             work = _FromFit(new, names, data)
+        elif isinstance(data, Mapping):
+            work = _Given(new, names, data)
         elif task is None:
             raise ValueError("Calibration examples need their task, such as task=CausalLM().")
         else:
             examples = as_examples(data)
             plans = plan_batches(examples, batch_size=batch_size, batch_tokens=batch_tokens)
             work = _ByBlocks(new, names, BlockByBlock(new, task, examples, plans), examples)
-        _warn_of_rank(model, names, work.positions)
+        if work.positions is not None:
+            _warn_of_rank(model, names, work.positions)
         made_from = {"model": fingerprint_model(model), "data": work.data}
         place = None
         if folder is not None:
@@ -170,6 +180,7 @@ class Quantizer(ABC):
         rows.sort(key=lambda row: order[row["layer"]])
         facts = {
             "method": {"name": type(self).__name__, "paper": self.paper} | asdict(self),
+            "papers": [self.paper],
             "statistics": work.statistics,
             "passes_beyond_fit": work.passes,
             "positions": work.positions,
@@ -347,6 +358,33 @@ class _FromFit:
         for name in self.names:
             module = self.model.get_submodule(name)
             layer, row = kept.layer(name, module, partial(self.covariance, name))
+            replace_module(self.model, name, layer)
+            yield row
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Layers quantized with second moments that are given."""
+
+    model: nn.Module
+    names: list[str]
+    moments: Mapping[str, Tensor]
+    statistics: ClassVar[str] = "given second moments"
+    passes: ClassVar[float] = 0.0
+    positions: ClassVar[int | None] = None
+
+    def __post_init__(self):
+        if missing := [name for name in self.names if name not in self.moments]:
+            raise ValueError(f"There is no second moment of what {missing[0]!r} reads.")
+
+    @property
+    def data(self) -> str:
+        return fingerprint_tensors((name, self.moments[name]) for name in self.names)
+
+    def run(self, kept: _Kept) -> Iterator[dict[str, Any]]:
+        for name in self.names:
+            module = self.model.get_submodule(name)
+            layer, row = kept.layer(name, module, partial(self.moments.__getitem__, name))
             replace_module(self.model, name, layer)
             yield row
 

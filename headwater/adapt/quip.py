@@ -59,7 +59,7 @@ class Rounded:
 
 def round_weight(
     W: Float[Tensor, "out in"],
-    H: Float[Tensor, "in in"],
+    H: Float[Tensor, "rows columns"],
     *,
     bits: int,
     rounding: Rounding = "ldlq_rg",

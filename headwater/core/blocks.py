@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from headwater.core.capture import BatchPlan, evaluation_mode, first_tensor
+from headwater.core.capture import BatchPlan, evaluation_mode
 from headwater.core.examples import Examples, take, to_device
+from headwater.core.forward import InputMoments
 from headwater.core.task import Task
-from headwater.numerics import kronecker
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -143,36 +143,12 @@ class BlockByBlock:
 
         Modules that read the same tensor share one matrix.
         """
-        read: dict[str, Tensor] = {}
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = dict.fromkeys(modules, 0)
-        leader: dict[str, str] = {}
-        with ExitStack() as stack:
-            for name in modules:
-                handle = self.model.get_submodule(name).register_forward_hook(
-                    lambda module, args, kwargs, output, name=name: read.__setitem__(
-                        name, first_tensor(args, kwargs)
-                    ),
-                    with_kwargs=True,
-                )
-                stack.callback(handle.remove)
+        moments = InputMoments(self.model, modules)
+        with moments.listening():
             for number, mask in enumerate(self._masks):
                 self._run(number)
-                if missing := [name for name in modules if name not in read]:
-                    raise ValueError(f"Module {missing[0]!r} did not run; leave it out.")
-                if not leader:
-                    ids = {id(read[name]): name for name in reversed(modules)}
-                    leader = {name: ids[id(read[name])] for name in modules}
-                for name in dict.fromkeys(leader.values()):
-                    x = read[name]
-                    x = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x
-                    x = x.reshape(-1, x.shape[-1])
-                    moment = kronecker.second_moment(x.float() if x.itemsize < 4 else x).double()
-                    sums[name] = sums[name] + moment if name in sums else moment
-                    counts[name] += len(x)
-                read.clear()
-        means = {name: total / max(counts[name], 1) for name, total in sums.items()}
-        return {name: means[leader[name]] for name in modules}
+                moments.add(mask)
+        return moments.finish()
 
     def advance(self) -> None:
         """Run the current block as it is now, and go on to the next."""
