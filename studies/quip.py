@@ -3,8 +3,10 @@
 Chee, Cai, Kuleshov and De Sa (2023), arXiv:2307.13304. Plain rounding, LDLQ (which is OPTQ) and LDLQ with greedy
 passes, each with and without incoherence:
 
-- `smollm`: SmolLM2-135M-Instruct, calibrated block by block on Wikipedia and the Python reference, perplexity on other
-  texts of both. The package ships its weights in blocks of 4 bits, so all is compared with those, made dense.
+- `smollm`: SmolLM2-135M-Instruct, calibrated on Wikipedia and the Python reference, perplexity on other texts of both.
+  The second moments are those of the model as it is, from one forward pass that all rows share; some rows are done
+  block by block, as in the paper, which takes two passes each. The package ships its weights in blocks of 4 bits, so
+  all is compared with those, made dense.
 - `gpt`: a small GPT trained here in float32 on words of Wikipedia, three trainings.
 - `trace`: that GPT, traced before and after.
 - `spread`: what rounding to the grids costs single weights of SmolLM2, without any H.
@@ -31,6 +33,8 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import headwater
@@ -40,7 +44,7 @@ from headwater.bench.text_workloads import word_ids
 from headwater.core.capture import plan_batches
 from headwater.core.curvature import EKFAC
 from headwater.core.examples import DatasetExamples, Examples
-from headwater.core.forward import evaluate
+from headwater.core.forward import evaluate, input_moments
 from headwater.core.quantized import held_dense
 from headwater.core.task import CausalLM
 from headwater.models.gpt import GPT
@@ -52,6 +56,9 @@ from headwater.numerics.rounding import quantize, row_grids, symmetric_grid
 
 Part = Literal["smollm", "gpt", "trace", "spread"]
 TASK, POS = CausalLM(), 256
+STRETCHES = (
+    64  # of POS tokens for calibration, of Wikipedia and of the Python reference each; --stretches
+)
 ROUNDINGS = ("nearest", "ldlq", "ldlq_rg")
 
 
@@ -61,35 +68,33 @@ class Row:
 
     part: str
     method: QuIP | None = None
-    statistics: str = "blocks"  # or "fit": of the model as it is
+    statistics: str = "blocks"  # or "forward", "fit": of the model as it is
 
     @property
     def name(self) -> str:
         if self.method is None:
             return f"{self.part} float"
         m, how = self.method, "incoherent" if self.method.incoherence else "plain"
-        fit = " fit" * (self.statistics == "fit")
-        return f"{self.part} {m.bits} {m.rounding} {how} {m.seed}{fit}"
+        return f"{self.part} {m.bits} {m.rounding} {how} {m.seed} {self.statistics}"
 
 
 def smollm_rows() -> Iterator[Row]:
     """The most telling first, so that a part of them is a table already."""
-    yield Row("smollm")
-    for bits in (2, 3):
-        for rounding in reversed(ROUNDINGS):
+    part = f"smollm-{STRETCHES}"
+    yield Row(part)
+    for bits, roundings in ((4, ROUNDINGS[:2]), (3, ROUNDINGS), (2, ROUNDINGS), (4, ROUNDINGS[2:])):
+        for rounding in roundings:
             for incoherence in (True, False):
-                yield Row("smollm", QuIP(bits=bits, rounding=rounding, incoherence=incoherence))
-    for seed in (1, 2):
-        yield Row("smollm", QuIP(bits=2, rounding="ldlq", seed=seed))
-        yield Row("smollm", QuIP(bits=2, rounding="nearest", seed=seed))
-    for rounding in ("ldlq", "nearest"):
+                yield Row(
+                    part, QuIP(bits=bits, rounding=rounding, incoherence=incoherence), "forward"
+                )
+    for bits in (2, 3, 4):
+        for rounding in ROUNDINGS:
+            for seed in (1, 2):
+                yield Row(part, QuIP(bits=bits, rounding=rounding, seed=seed), "forward")
+    for bits, rounding in ((2, "ldlq_rg"), (2, "ldlq"), (3, "ldlq_rg")):
         for incoherence in (True, False):
-            yield Row("smollm", QuIP(bits=4, rounding=rounding, incoherence=incoherence))
-    for bits, rounding in ((2, "ldlq_rg"), (3, "ldlq"), (3, "nearest"), (3, "ldlq_rg")):
-        for seed in (1, 2):
-            yield Row("smollm", QuIP(bits=bits, rounding=rounding, seed=seed))
-    for incoherence in (True, False):
-        yield Row("smollm", QuIP(bits=4, incoherence=incoherence))
+            yield Row(part, QuIP(bits=bits, rounding=rounding, incoherence=incoherence))
 
 
 # Data
@@ -119,11 +124,12 @@ def shuffled(texts: list[str], seed: int = 0) -> list[str]:
     return [texts[i] for i in order.tolist()]
 
 
-def calibration_and_heldout(tokenizer: Any, n: int = 8) -> tuple[Examples, Examples]:
-    """n stretches of Wikipedia and n of the Python reference each, of other articles and topics."""
+def calibration_and_heldout(tokenizer: Any) -> tuple[Examples, Examples]:
+    """Stretches of Wikipedia and of the Python reference, and eight each of other articles and topics."""
     halves: list[list[dict[str, Tensor]]] = [[], []]
-    for texts in (shuffled(extracts())[:600], shuffled(list(pydoc_data.topics.topics.values()))):
-        for half, some in zip(halves, (texts[::2], texts[1::2]), strict=True):
+    reference = list(pydoc_data.topics.topics.values())
+    for texts in (shuffled(extracts())[:1200], shuffled(reference)):
+        for half, some, n in zip(halves, (texts[::2], texts[1::2]), (STRETCHES, 8), strict=True):
             half += sequences(tokenizer("\n\n".join(some))["input_ids"], n)
     return DatasetExamples(halves[0]), DatasetExamples(halves[1])
 
@@ -148,25 +154,49 @@ def smollm() -> tuple[Any, Examples, Examples]:
     return language.model, *calibration_and_heldout(language.tokenizer)
 
 
+@cache
+def moments(folder: Path) -> tuple[dict[str, Tensor], float]:
+    """Second moments of all layers' inputs, made once, and the CPU seconds that this took."""
+    place = folder / f"moments-{STRETCHES}.safetensors"
+    model, calibration, _ = smollm()
+    names = chosen_layers(model)
+    leaders = {name: name.replace("k_proj", "q_proj").replace("v_proj", "q_proj") for name in names}
+    leaders = {name: leader.replace("up_proj", "gate_proj") for name, leader in leaders.items()}
+    if not place.is_file():
+        started = time.process_time()
+        plans = plan_batches(calibration, batch_tokens=1024)
+        wanted = list(dict.fromkeys(leaders.values()))
+        found = input_moments(model, TASK, calibration, wanted, batches=plans)
+        seconds = time.process_time() - started
+        partial = place.with_suffix(".partial")
+        save_file({n: H.float() for n, H in found.items()}, partial, {"seconds": str(seconds)})
+        partial.replace(place)
+    with safe_open(place, framework="pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        seconds = float(file.metadata()["seconds"])
+    return {name: kept[leader] for name, leader in leaders.items()}, seconds
+
+
 def smollm_row(row: Row, folder: Path) -> dict[str, Any]:
     model, calibration, heldout = smollm()
     if row.method is None:
         return {"nats": nats(model, heldout)}
+    given, before = moments(folder) if row.statistics == "forward" else (calibration, 0.0)
     cpu, wall = time.process_time(), time.monotonic()
     unfinished = folder / "unfinished" / row.name
-    found = row.method.adapt(model, calibration, task=TASK, folder=unfinished, batch_tokens=1024)
+    found = row.method.adapt(model, given, task=TASK, folder=unfinished, batch_tokens=1024)
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    columns = found.table()
     return {
         "nats": nats(found.model, heldout),
+        "moments_cpu_seconds": before,
         "cpu_seconds": cpu,
         "seconds": wall,
         "peak_gb": peak,
         "bits_per_weight": found.bits_per_weight,
         "relative_proxy": found.relative_proxy,
         "facts": found.facts,
-        "table": columns,
+        "table": found.table(),
     }
 
 
@@ -316,7 +346,7 @@ def read(folder: Path, row: Row) -> dict[str, Any] | None:
     return json.loads(place.read_text()) if place.is_file() else None
 
 
-def perplexity_table(folder: Path, prefix: str, rows: list[Row]) -> None:
+def perplexity_table(folder: Path, rows: list[Row]) -> None:
     """Perplexity by method and bits; with several seeds their mean and interval (of nats, then exponentiated)."""
     found = [(row, kept) for row in rows if (kept := read(folder, row))]
     base = [sum(k["nats"]) / len(k["nats"]) for row, k in found if row.method is None]
@@ -363,7 +393,7 @@ def cost_table(folder: Path) -> None:
     print("\n| bits | rounding | incoherent | bits a weight | output error, % | CPU s | peak GB |")
     print("|---|---|---|---|---|---|---|")
     for row, k in found:
-        if row.method is not None and row.method.seed == 0:
+        if row.method is not None and row.method.seed == 0 and row.statistics == "forward":
             m, yes = row.method, "yes" if row.method.incoherence else "no"
             cells = f"{k['bits_per_weight']:.3f} | {100 * k['relative_proxy']:.2f}"
             cells += f" | {k['cpu_seconds']:.0f} | {k['peak_gb']:.1f}"
@@ -416,6 +446,7 @@ def main(
     only: tuple[Part, ...] = (),
     rows: int | None = None,
     match: str = "*",
+    stretches: int = STRETCHES,
     show: bool = False,
 ) -> None:
     """Make the rows that are missing, and print the tables.
@@ -425,8 +456,11 @@ def main(
         only: Parts to make; all when left out.
         rows: Make at most so many rows.
         match: Make those whose names match, such as "smollm 4 *"; two programs may share the work so.
+        stretches: Stretches of 256 tokens for the calibration of SmolLM2, of each of the two sources.
         show: Make none.
     """
+    global STRETCHES
+    STRETCHES = stretches
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     made = 0
@@ -444,11 +478,14 @@ def main(
             told_of = {k: v for k, v in kept.items() if isinstance(v, float)}
             mean = {k: sum(kept[k]) / len(kept[k]) for k in ("nats", "spearman") if k in kept}
             print(row.name, {k: round(v, 4) for k, v in (mean | told_of).items()}, flush=True)
-    print("\n## SmolLM2-135M-Instruct")
-    perplexity_table(folder, "smollm", list(smollm_rows()))
+    print(f"\n## SmolLM2-135M-Instruct, {2 * STRETCHES * POS:,} calibration tokens")
+    for statistics, how in (("forward", "of the model as it was"), ("blocks", "block by block")):
+        print(f"\nStatistics {how}:")
+        chosen = [r for r in smollm_rows() if r.method is None or r.statistics == statistics]
+        perplexity_table(folder, chosen)
     cost_table(folder)
     print("\n## GPT trained in float32")
-    perplexity_table(folder, "gpt", list(gpt_rows()))
+    perplexity_table(folder, list(gpt_rows()))
     trace_table(folder)
     spread_table(folder)
 
