@@ -7,7 +7,7 @@ passes, each with and without incoherence:
   The second moments are those of the model as it is, from one forward pass that all rows share; some rows are done
   block by block, as in the paper, which takes two passes each. The package ships its weights in blocks of 4 bits, so
   all is compared with those, made dense.
-- `gpt`: a small GPT trained here in float32 on words of Wikipedia, three trainings.
+- `gpt`: a small GPT trained here in float32 on the bytes of Wikipedia, three trainings.
 - `trace`: that GPT, traced before and after.
 - `spread`: what rounding to the grids costs single weights of SmolLM2, without any H.
 
@@ -40,7 +40,6 @@ from torch import Tensor
 import headwater
 from headwater.adapt import QuIP
 from headwater.adapt.base import chosen_layers
-from headwater.bench.text_workloads import word_ids
 from headwater.core.capture import plan_batches
 from headwater.core.curvature import EKFAC
 from headwater.core.examples import DatasetExamples, Examples
@@ -200,29 +199,29 @@ def smollm_row(row: Row, folder: Path) -> dict[str, Any]:
     }
 
 
-LENGTH, WORDS = 64, 2000
+LENGTH, BYTES = 64, 256
 
 
 @cache
-def words() -> Tensor:
-    ids, _ = word_ids(extracts(), length=LENGTH, n_words=WORDS)
+def stretches() -> Tensor:
+    """Stretches of the bytes of Wikipedia articles, in an order of chance."""
+    parts = [torch.tensor(list(text.encode()[:LENGTH])) for text in extracts()]
+    ids = torch.stack([p for p in parts if len(p) == LENGTH])
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
 
 
-def word_examples(ids: Tensor) -> Examples:
+def byte_examples(ids: Tensor) -> Examples:
     return DatasetExamples([{"input_ids": i, "labels": i} for i in ids])
 
 
 def trained(seed: int, folder: Path) -> GPT:
-    """A GPT of 3 layers, trained once over 4,800 texts; kept in the folder."""
-    model, place = (
-        GPT(WORDS, n_layers=3, dim=128, context=LENGTH, seed=seed),
-        folder / f"gpt-{seed}.pt",
-    )
+    """A GPT of 2 layers, trained twice over the beginnings of 8,000 articles; kept in the folder."""
+    model = GPT(BYTES, n_layers=2, dim=128, context=LENGTH, seed=seed)
+    place = folder / f"gpt-{seed}.pt"
     if place.is_file():
         model.load_state_dict(torch.load(place, weights_only=True))
         return model.eval()
-    ids, steps, batch = words()[:4800], 150, 32
+    ids, steps, batch = stretches()[:8000], 500, 32
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 2e-3, total_steps=steps, pct_start=0.1
@@ -255,7 +254,7 @@ def gpt_rows() -> Iterator[Row]:
 
 def gpt_row(row: Row, folder: Path) -> dict[str, Any]:
     model = trained(int(row.part[-1]), folder)
-    calibration, heldout = word_examples(words()[:512]), word_examples(words()[4800:5100])
+    calibration, heldout = byte_examples(stretches()[:512]), byte_examples(stretches()[8000:8300])
     if row.method is None:
         return {"nats": nats(model, heldout, LENGTH)}
     found = row.method.adapt(model, calibration, task=TASK, batch_size=64)
@@ -285,7 +284,7 @@ def scores_before(seed: int, folder: Path, draws: int = 0) -> tuple[Any, Tensor]
 
 def traced(model: torch.nn.Module, layers: Any, draws: int = 0) -> tuple[Any, Tensor]:
     """A fit over 200 of the texts, and the influence of each on 30 others, head and embeddings left out."""
-    train, queries = word_examples(words()[:200]), word_examples(words()[4800:4830])
+    train, queries = byte_examples(stretches()[:200]), byte_examples(stretches()[8000:8030])
     skip = ["embed", "position", "head"]
     method = EKFAC(folds=1, seed=draws)
     with held_dense(model):

@@ -146,6 +146,7 @@ class Turned:
         rescale: D.
         U: Acts on outputs.
         V: Acts on inputs.
+        rows: Sizes of the rows that were taken out, or None.
     """
 
     W: Float[Tensor, "out in"]
@@ -153,24 +154,39 @@ class Turned:
     rescale: Float[Tensor, " in"]
     U: KroneckerOrthogonal
     V: KroneckerOrthogonal
+    rows: Float[Tensor, "out 1"] | None = None
 
     def back(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """A weight in the layer's own coordinates."""
         W = self.V.to(W).back(W) / self.rescale.to(W)
-        return self.U.to(W).back(W.mT).mT
+        W = self.U.to(W).back(W.mT).mT
+        return W if self.rows is None else W * self.rows.to(W)
 
 
-def turn(W: Float[Tensor, "out in"], H: Float[Tensor, "in in"], seeds: tuple[int, int]) -> Turned:
+def turn(
+    W: Float[Tensor, "out in"],
+    H: Float[Tensor, "in in"],
+    seeds: tuple[int, int],
+    *,
+    equalize: bool = False,
+) -> Turned:
     r"""$U W D V^\top$ and $V (D^{-1} H D^{-1} n / \operatorname{tr} + 0.01 I) V^\top$.
 
     Args:
         W: The weight.
         H: The second moment of its inputs.
         seeds: Seeds of U and V.
+        equalize: Divide each row by its root mean square first, so that U does not spread the errors of large rows
+            over small ones.
     """
+    rows = None
+    if equalize:
+        rows = W.square().mean(1, keepdim=True).sqrt()
+        rows = torch.where(rows > 0, rows, torch.ones_like(rows))
+        W = W / rows
     W, H, D = balance(W, H)
     n = len(H)
     H = H * (n / H.trace()) + 0.01 * torch.eye(n, dtype=H.dtype, device=H.device)
     U, V = (KroneckerOrthogonal.random(k, s) for k, s in zip(W.shape, seeds, strict=True))
     W = U.to(W)(V.to(W)(W).mT).mT
-    return Turned(W, V.to(H).both_sides(H), D, U, V)
+    return Turned(W, V.to(H).both_sides(H), D, U, V, rows)

@@ -132,11 +132,14 @@ def test_models_whose_blocks_are_no_chain_are_refused():
 
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("incoherence", [False, True])
-def test_the_layer_holds_what_was_rounded(bits, incoherence):
+@pytest.mark.parametrize("equalize", [False, True])
+def test_the_layer_holds_what_was_rounded(bits, incoherence, equalize):
+    if equalize and not incoherence:
+        pytest.skip("refused")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 24, generator=generator, dtype=DOUBLE)
     H, module = x.mT @ x / 200, nn.Linear(24, 12, dtype=DOUBLE)
-    method = QuIP(bits=bits, incoherence=incoherence, measure=True)
+    method = QuIP(bits=bits, incoherence=incoherence, equalize=equalize, measure=True)
     layer, row = method.layer("a", module, H)
     error = layer.materialize(DOUBLE) - module.weight.detach()
     proxy = float(((error @ H) * error).sum())
@@ -148,6 +151,19 @@ def test_the_layer_holds_what_was_rounded(bits, incoherence):
     assert layer.bias is module.bias
     assert 1 <= row["mu_H"] <= 24**0.5 and 0 < row["trace_ratio"] <= 1
     assert (layer.seeds is not None) is incoherence
+
+
+def test_equal_rows_keep_small_outputs_from_the_errors_of_large_ones():
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(16, 24, generator=generator, dtype=DOUBLE)
+    W[0] *= 30
+    x = torch.randn(300, 24, generator=generator, dtype=DOUBLE)
+    errors = []
+    for equalize in (False, True):
+        options = {"bits": 4, "rounding": "ldlq", "seeds": (1, 2), "equalize": equalize}
+        found = round_weight(W, x.mT @ x / 300, **options)
+        errors.append(float((found.weight - W)[1:].square().sum() / W[1:].square().sum()))
+    assert errors[1] < 0.05 < 10 * errors[1] < errors[0]
 
 
 def test_better_methods_err_less_and_more_bits_too():
@@ -262,6 +278,7 @@ def test_options_that_make_no_sense_are_refused():
         ({"bits": 8}, "bits must be 2, 3 or 4; got 8"),
         ({"stochastic": True}, "Stochastic rounding goes with"),
         ({"damping": 0.0}, "positive damping"),
+        ({"equalize": True, "incoherence": False}, "equalize goes with incoherence"),
     ):
         with pytest.raises(ValueError, match=message):
             QuIP(**options)
