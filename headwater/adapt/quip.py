@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from headwater.adapt.base import Quantizer, weight_of
 from headwater.core.quantized import QuantizedLinear
 from headwater.numerics import noise
-from headwater.numerics.incoherence import mu_hessian, mu_weight, turn
+from headwater.numerics.incoherence import Turned, mu_hessian, mu_weight, turn, turn_safely
 from headwater.numerics.rounding import (
     Grid,
     checked_moment,
@@ -36,6 +36,7 @@ from headwater.numerics.rounding import (
 )
 
 Rounding = Literal["nearest", "ldlq", "ldlq_rg", "greedy"]
+Rescale = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class Rounded:
         codes: Integers of the grid (out, in).
         grid: The grid.
         rescale: D, of a weight that was turned.
-        row_scale: Sizes of its rows, if they were made equal.
         weight: The rounded weight in the layer's own coordinates.
         facts: proxy, relative_proxy, mu_W, mu_H and trace_ratio (tr D / tr H), before and after turning.
     """
@@ -54,7 +54,6 @@ class Rounded:
     codes: UInt8[Tensor, "out in"]
     grid: Grid
     rescale: Float[Tensor, " in"] | None
-    row_scale: Float[Tensor, "out 1"] | None
     weight: Float[Tensor, "out in"]
     facts: dict[str, float]
 
@@ -66,7 +65,7 @@ def round_weight(
     bits: int,
     rounding: Rounding = "ldlq_rg",
     seeds: tuple[int, int] | None = None,
-    equalize: bool = False,
+    rescale: Rescale = "auto",
     stochastic: torch.Generator | None = None,
     passes: int = 9,
     damping: float = 0.01,
@@ -80,7 +79,7 @@ def round_weight(
         bits: Bits a weight.
         rounding: How the integers are chosen.
         seeds: Seeds of U and V; None leaves the weight as it is, with a grid for each row.
-        equalize: Make the rows equally large before they are turned.
+        rescale: Whether D balances inputs before; "auto" leaves it out where it makes weights stand out.
         stochastic: Generator of unbiased rounding, for "nearest" and "ldlq".
         passes: Most greedy passes.
         damping: Share of the mean diagonal that is added to H.
@@ -92,7 +91,7 @@ def round_weight(
     H = checked_moment(H.double(), W.shape[1])
     top = 2**bits - 1
     facts = {"mu_W": mu_weight(W)}
-    turned = None if seeds is None else turn(W, H, seeds, equalize=equalize)
+    turned = None if seeds is None else _turned(W, H, seeds, rescale)
     work, moment = (W, H) if turned is None else (turned.W, turned.H)
     work, moment = dampen(work, moment, damping)
     grid = row_grids(work, bits) if turned is None else symmetric_grid(work, bits)
@@ -125,10 +124,15 @@ def round_weight(
         codes=found.to(torch.uint8),
         grid=grid,
         rescale=None if turned is None else turned.rescale.to(W),
-        row_scale=None if turned is None else turned.rows,
         weight=weight,
         facts=facts,
     )
+
+
+def _turned(W: Tensor, H: Tensor, seeds: tuple[int, int], rescale: Rescale) -> Turned:
+    if rescale == "auto":
+        return turn_safely(W, H, seeds)
+    return turn(W, H, seeds, rescale=rescale == "always")
 
 
 def _trace_ratio(H: Float[Tensor, "in in"]) -> float:
@@ -146,9 +150,9 @@ class QuIP(Quantizer):
             order by the size of the inputs with greedy passes after it; "greedy", these passes alone.
         incoherence: Turn weights and inputs by random orthogonal matrices first, with one scale a layer. Without it
             every row has a scale and a zero.
-        equalize: Divide every row of a weight by its size before it is turned, and keep these sizes. Turning spreads
-            errors over all outputs alike; where outputs differ in size and the small ones matter as much, as in
-            models with large entries in the residual stream, that hurts. Not in the paper.
+        rescale: Whether the diagonal D balances inputs before they are turned: "always" as in the paper, "never", or
+            "auto", which leaves it out in layers where it would make weights stand out (one input far larger than all
+            others); the grid would cut those off.
         stochastic: Round at random without bias, with "nearest" or "ldlq".
         passes: Most greedy passes.
         damping: Share of the mean of diag(H) that is added to H.
@@ -163,7 +167,7 @@ class QuIP(Quantizer):
     bits: int = 2
     rounding: Rounding = "ldlq_rg"
     incoherence: bool = True
-    equalize: bool = False
+    rescale: Rescale = "auto"
     stochastic: bool = False
     passes: int = 9
     damping: float = 0.01
@@ -180,10 +184,6 @@ class QuIP(Quantizer):
             raise ValueError(
                 f"Stochastic rounding goes with 'nearest' and 'ldlq'; {self.rounding!r} has greedy passes, which "
                 "choose the nearest."
-            )
-        if self.equalize and not self.incoherence:
-            raise ValueError(
-                "equalize goes with incoherence; without it every row has a grid anyway."
             )
         if not self.damping > 0 or self.passes < 0:
             raise ValueError(
@@ -209,7 +209,7 @@ class QuIP(Quantizer):
                 bits=self.bits,
                 rounding=self.rounding,
                 seeds=tuple(seeds) if self.incoherence else None,
-                equalize=self.equalize,
+                rescale=self.rescale,
                 stochastic=generator,
                 passes=self.passes,
                 damping=self.damping,
@@ -225,16 +225,13 @@ class QuIP(Quantizer):
             scale=found.grid.scale.to(kind),
             zero=found.grid.zero.to(kind),
             rescale=None if found.rescale is None else found.rescale.to(kind),
-            row_scale=None if found.row_scale is None else found.row_scale.to(kind),
             seeds=torch.tensor(seeds, device=W.device) if self.incoherence else None,
             bias=module.bias,  # type: ignore[arg-type]
         )
         row = {
             "layer": name,
             "bits": self.bits,
-            "method": self.rounding
-            + ", incoherent" * self.incoherence
-            + ", equalized" * (self.equalize and self.incoherence),
+            "method": self.rounding + (", incoherent" if self.incoherence else ""),
             "weights": W.numel(),
             "bits_per_weight": layer.bits_per_weight(),
             **found.facts,

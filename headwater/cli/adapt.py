@@ -30,7 +30,7 @@ class Quip:
         bits: Bits a weight: 2, 3 or 4.
         rounding: nearest; ldlq (without incoherence this is OPTQ); ldlq_rg, with greedy passes after it; greedy.
         incoherence: Turn weights by random orthogonal matrices before they are rounded.
-        equalize: With incoherence: make the outputs of each layer equally large before. Not in the paper.
+        rescale: Balance inputs by a diagonal before; auto leaves it out where it would make weights stand out.
         statistics: Of the layers' inputs: those of the fit, which cost nothing; those of training examples run block by
             block, each block reading what the quantized ones before it return; auto takes the fit's where it has them.
         calibration: Examples to run block by block.
@@ -46,7 +46,7 @@ class Quip:
     bits: int = 2
     rounding: Literal["nearest", "ldlq", "ldlq_rg", "greedy"] = "ldlq_rg"
     incoherence: bool = True
-    equalize: bool = False
+    rescale: Literal["auto", "always", "never"] = "auto"
     statistics: Literal["auto", "fit", "blocks"] = "auto"
     calibration: int = 128
     layers: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def _quip(command: Quip) -> int:
         bits=command.bits,
         rounding=command.rounding,
         incoherence=command.incoherence,
-        equalize=command.equalize,
+        rescale=command.rescale,
         layers=command.layers,
         measure=command.measure,
         seed=command.seed,

@@ -46,7 +46,7 @@ class WeightMaterializer(Protocol):
 
 
 class QuantizedLinear(nn.Module):
-    r"""A linear layer with a weight of a few bits: $s\,(C - z)$, or if it was turned $R U^\top s\,(C - z)\, V D^{-1}$.
+    r"""A linear layer with a weight of a few bits: $s\,(C - z)$, or if it was turned $U^\top s\,(C - z)\, V D^{-1}$.
 
     Args:
         codes: Integers (out, in) below 2**bits, or None to make a layer that is loaded afterwards.
@@ -56,7 +56,6 @@ class QuantizedLinear(nn.Module):
         zero: z, likewise.
         rescale: D (in), of a weight that was turned.
         seeds: Seeds of U (out, out) and V (in, in).
-        row_scale: The diagonal R (out, 1), where rows were made equal before the turn.
         bias: The bias, which stays as it is.
     """
 
@@ -70,7 +69,6 @@ class QuantizedLinear(nn.Module):
         zero: Float[Tensor, "rows 1"],
         rescale: Float[Tensor, " in"] | None = None,
         seeds: Int64[Tensor, "2"] | None = None,
-        row_scale: Float[Tensor, "out 1"] | None = None,
         bias: nn.Parameter | None = None,
     ):
         super().__init__()
@@ -79,7 +77,6 @@ class QuantizedLinear(nn.Module):
         self.zero: Tensor
         self.rescale: Tensor | None
         self.seeds: Tensor | None
-        self.row_scale: Tensor | None
         if (rescale is None) != (seeds is None):
             raise ValueError("A weight that was turned has `rescale` and `seeds`; got one of them.")
         self.out_features, self.in_features = shape
@@ -91,7 +88,6 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("zero", zero)
         self.register_buffer("rescale", rescale)
         self.register_buffer("seeds", seeds)
-        self.register_buffer("row_scale", row_scale)
         self.bias = bias
         self._held: Tensor | None = None
 
@@ -106,7 +102,6 @@ class QuantizedLinear(nn.Module):
             U, V = (orthogonal(n, int(s)) for n, s in zip(shape, self.seeds.tolist(), strict=True))
             W = V.to(W).back(W) / self.rescale
             W = U.to(W).back(W.mT).mT
-        W = W if self.row_scale is None else W * self.row_scale
         return W if dtype is None else W.to(dtype)
 
     def bits_per_weight(self) -> float:
@@ -190,7 +185,6 @@ def layer_facts(layer: QuantizedLinear) -> dict[str, Any]:
         "shape": [layer.out_features, layer.in_features],
         "rows": len(layer.scale),
         "turned": layer.seeds is not None,
-        "equalized": layer.row_scale is not None,
         "bias": layer.bias is not None,
     }
 
@@ -206,7 +200,6 @@ def empty_layer(facts: Mapping[str, Any]) -> QuantizedLinear:
         zero=torch.zeros(rows, 1),
         rescale=torch.ones(in_) if turned else None,
         seeds=torch.zeros(2, dtype=torch.int64) if turned else None,
-        row_scale=torch.ones(out, 1) if facts["equalized"] else None,
         bias=nn.Parameter(torch.zeros(out)) if facts["bias"] else None,
     )
 

@@ -56,6 +56,9 @@ def _permutation(n: int, seed: int, key: int) -> Int64[Tensor, " n"]:
     return noise.bits(torch.full_like(counter, key), counter, seed).argsort()
 
 
+STANDS_OUT = 8.0  # of mu_W after a turn; 4 to 7 is what Gaussian numbers give
+
+
 @dataclass(frozen=True, eq=False)
 class KroneckerOrthogonal:
     r"""$U = P_{\text{out}} (O_1 \otimes O_2) P_{\text{in}}$, to be multiplied by without forming it.
@@ -146,7 +149,6 @@ class Turned:
         rescale: D.
         U: Acts on outputs.
         V: Acts on inputs.
-        rows: Sizes of the rows that were taken out, or None.
     """
 
     W: Float[Tensor, "out in"]
@@ -154,13 +156,11 @@ class Turned:
     rescale: Float[Tensor, " in"]
     U: KroneckerOrthogonal
     V: KroneckerOrthogonal
-    rows: Float[Tensor, "out 1"] | None = None
 
     def back(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """A weight in the layer's own coordinates."""
         W = self.V.to(W).back(W) / self.rescale.to(W)
-        W = self.U.to(W).back(W.mT).mT
-        return W if self.rows is None else W * self.rows.to(W)
+        return self.U.to(W).back(W.mT).mT
 
 
 def turn(
@@ -168,7 +168,7 @@ def turn(
     H: Float[Tensor, "in in"],
     seeds: tuple[int, int],
     *,
-    equalize: bool = False,
+    rescale: bool = True,
 ) -> Turned:
     r"""$U W D V^\top$ and $V (D^{-1} H D^{-1} n / \operatorname{tr} + 0.01 I) V^\top$.
 
@@ -176,17 +176,24 @@ def turn(
         W: The weight.
         H: The second moment of its inputs.
         seeds: Seeds of U and V.
-        equalize: Divide each row by its root mean square first, so that U does not spread the errors of large rows
-            over small ones.
+        rescale: Whether D balances the columns; else it is the identity.
     """
-    rows = None
-    if equalize:
-        rows = W.square().mean(1, keepdim=True).sqrt()
-        rows = torch.where(rows > 0, rows, torch.ones_like(rows))
-        W = W / rows
-    W, H, D = balance(W, H)
-    n = len(H)
+    n, D = len(H), torch.ones(len(H), dtype=H.dtype, device=H.device)
+    if rescale:
+        W, H, D = balance(W, H)
     H = H * (n / H.trace()) + 0.01 * torch.eye(n, dtype=H.dtype, device=H.device)
     U, V = (KroneckerOrthogonal.random(k, s) for k, s in zip(W.shape, seeds, strict=True))
     W = U.to(W)(V.to(W)(W).mT).mT
-    return Turned(W, V.to(H).both_sides(H), D, U, V, rows)
+    return Turned(W, V.to(H).both_sides(H), D, U, V)
+
+
+def turn_safely(
+    W: Float[Tensor, "out in"], H: Float[Tensor, "in in"], seeds: tuple[int, int]
+) -> Turned:
+    """The turned layer, without D where that would leave weights that stand out.
+
+    Where a single input is far larger than all others, as behind the massive activations of language models, D makes
+    one column of W so large that no turn can hide it, and the grid cuts it off.
+    """
+    turned = turn(W, H, seeds)
+    return turned if mu_weight(turned.W) <= STANDS_OUT else turn(W, H, seeds, rescale=False)

@@ -34,7 +34,6 @@ def layer(bits: int = 3, *, turned: bool = True, bias: bool = True) -> Quantized
         zero=torch.full((1 if turned else 6, 1), 1.5),
         rescale=torch.rand(10, generator=generator) + 0.5 if turned else None,
         seeds=torch.tensor([3, 4]) if turned else None,
-        row_scale=torch.rand(6, 1, generator=generator) + 0.5 if bits == 4 else None,
         bias=nn.Parameter(torch.randn(6, generator=generator)) if bias else None,
     )
 

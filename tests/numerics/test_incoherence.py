@@ -68,11 +68,6 @@ def test_there_and_back_is_where_it_began():
     turned = turn(W, (x.mT @ x).double(), (1, 2))
     back = turned.back(turned.W)
     assert float((back - W).norm() / W.norm()) < 1e-5  # float32
-    W[3], W[4] = 100 * W[3], 0
-    turned = turn(W, (x.mT @ x).double(), (1, 2), equalize=True)
-    back = turned.back(turned.W)
-    assert float((back - W).norm() / W.norm()) < 1e-5
-    assert turned.rows is not None and float(turned.rows[4]) == 1.0
 
 
 def test_turning_keeps_the_outputs():
