@@ -74,6 +74,7 @@ class Row:
         if self.method is None:
             return f"{self.part} float"
         m, how = self.method, "incoherent" if self.method.incoherence else "plain"
+        how += " with D" * (m.rescale == "always")
         return f"{self.part} {m.bits} {m.rounding} {how} {m.seed} {self.statistics}"
 
 
@@ -87,6 +88,10 @@ def smollm_rows() -> Iterator[Row]:
                 yield Row(
                     part, QuIP(bits=bits, rounding=rounding, incoherence=incoherence), "forward"
                 )
+    for bits in (4, 2):
+        for rounding in ROUNDINGS:
+            method = QuIP(bits=bits, rounding=rounding, rescale="always")
+            yield Row(part, method, "forward")
     for bits in (2, 3, 4):
         for rounding in ROUNDINGS:
             for seed in (1, 2):
@@ -352,17 +357,19 @@ def perplexity_table(folder: Path, rows: list[Row]) -> None:
     if not base:
         return
     print(f"\nAs it was: perplexity {told(base)}\n")
-    print("| bits | rounding | plain | incoherent |\n|---|---|---|---|")
+    print(
+        "| bits | rounding | plain | incoherent | incoherent, D everywhere |\n|---|---|---|---|---|"
+    )
     for bits in (4, 3, 2):
         for rounding in ROUNDINGS:
             cells = []
-            for incoherence in (False, True):
+            for how in ((False, "auto"), (True, "auto"), (True, "always")):
                 values = [
                     sum(k["nats"]) / len(k["nats"])
                     for row, k in found
                     if row.method is not None
                     and (row.method.bits, row.method.rounding) == (bits, rounding)
-                    and row.method.incoherence == incoherence
+                    and (row.method.incoherence, row.method.rescale) == how
                 ]
                 cells.append(told(values))
             print(f"| {bits} | {NAMES[rounding]} | {' | '.join(cells)} |")

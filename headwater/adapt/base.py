@@ -338,8 +338,9 @@ class _FromFit:
         return self.fit.made_from["data"]
 
     @property
-    def positions(self) -> int:
-        return self.fit.n_rows
+    def positions(self) -> int | None:
+        """Positions of the training data, where examples tell their lengths."""
+        return None if self.fit.train.lengths is None else self.fit.n_rows
 
     def covariance(self, name: str) -> Float[Tensor, "in in"]:
         """A of a module, without the row and column of the bias."""
