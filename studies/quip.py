@@ -40,6 +40,7 @@ from torch import Tensor
 import headwater
 from headwater.adapt import QuIP
 from headwater.adapt.base import chosen_layers
+from headwater.adapt.quip import Rounding
 from headwater.core.capture import plan_batches
 from headwater.core.curvature import EKFAC
 from headwater.core.examples import DatasetExamples, Examples
@@ -58,7 +59,7 @@ TASK, POS = CausalLM(), 256
 STRETCHES = (
     64  # of POS tokens for calibration, of Wikipedia and of the Python reference each; --stretches
 )
-ROUNDINGS = ("nearest", "ldlq", "ldlq_rg")
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "ldlq", "ldlq_rg")
 
 
 @dataclass(frozen=True)
