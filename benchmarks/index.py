@@ -36,7 +36,7 @@ from headwater.core.curvature import EKFAC, Layerwise
 from headwater.core.damping import Damping, mean_of
 from headwater.core.fit import Fit
 from headwater.core.index import Approximate, GradientIndex, LoGra, Whitened
-from headwater.core.index.encoding import Dtype, Encoding
+from headwater.core.index.encoding import Dtype, Encoding, encoding_of
 from headwater.core.index.gradient_index import SHARD_BYTES
 from headwater.core.index.journal import Journal, ShardFacts, Source
 from headwater.core.index.metric import ProjectedMetric
@@ -49,6 +49,7 @@ from headwater.core.index.spaces import (
     WhitenedSpace,
     best_rectangle,
     effective,
+    factors_of,
     heaviest,
 )
 from headwater.core.index.stored import StoredRows
@@ -287,7 +288,7 @@ def memory_of(folder: Path) -> dict[str, int]:
 
 
 def error(folder: Path) -> dict[str, Any]:
-    """Agreement with unprojected scores for each rank, type and damping; one pass over a sample for all."""
+    """Agreement with unprojected scores for each rank, type, factors and damping; one pass over a sample for all."""
     _, fit = small_gpt(folder)
     found: dict[str, Any] = {}
     for damping in ("auto", "0.1 relative"):
@@ -304,10 +305,13 @@ def error(folder: Path) -> dict[str, Any]:
         taken = take_sample(fit, list(spaces.values()), fit.train, chosen, 200)
         assert taken is not None
         for i, (name, space) in enumerate(spaces.items()):
-            for dtype in ("float32", "bfloat16", "float16", "int8"):
-                encoding = Encoding(dtype, space.dim)  # type: ignore[arg-type]
+            ways = {dtype: (dtype, None) for dtype in ("float32", "bfloat16", "float16", "int8")}
+            if space.shapes() is not None:
+                ways |= {f"int8 rank {rank}": ("int8", rank) for rank in (1, 2, 4, 8)}
+            for way, (dtype, rank) in ways.items():
+                encoding = encoding_of(dtype, space.widths, factors_of(space, rank))  # type: ignore[arg-type]
                 whole = taken.error(i, encoding)
-                found[f"{damping}: {name} {dtype}"] = {
+                found[f"{damping}: {name} {way}"] = {
                     "bytes": encoding.bytes_per_row, **whole["whole"],
                     "dtype_alone": whole["dtype_alone"]["spearman"],
                     "dtype_recall_10": whole["dtype_alone"]["recall_10"],
@@ -324,7 +328,7 @@ def plot(found: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
-    styles = {"float32": "-", "float16": "--", "int8": ":"}
+    styles = {"float32": "-", "float16": "--", "int8": ":", "int8 rank 1": "-."}
     titles = {
         "auto": "damping of the evidence",
         "0.1 relative": "damping 0.1 of the mean eigenvalue",
@@ -336,6 +340,8 @@ def plot(found: dict[str, Any]) -> None:
                     v for k, v in found.items()
                     if k.startswith(f"{damping}: {sides} ") and k.endswith(f" {dtype}")
                 ]  # fmt: skip
+                if not rows:  # leading coordinates have no factors
+                    continue
                 axis.plot(
                     [r["bytes"] for r in rows], [r["recall_10"] for r in rows],
                     style, color=colour, marker=".", label=f"{sides}, {dtype}",

@@ -11,7 +11,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwater import adapt, core, curate, data, models, numerics, report, trace, training
+    from headwater import (
+        adapt,
+        audit,
+        calibrate,
+        core,
+        curate,
+        data,
+        forget,
+        models,
+        numerics,
+        report,
+        trace,
+        training,
+    )
     from headwater.core.examples import Examples, TensorExamples
     from headwater.core.fit import fit, load
     from headwater.core.provenance import cite
@@ -41,11 +54,14 @@ __all__ = [
     "TensorExamples",
     "__version__",
     "adapt",
+    "audit",
+    "calibrate",
     "cite",
     "core",
     "curate",
     "data",
     "fit",
+    "forget",
     "load",
     "models",
     "numerics",

@@ -9,7 +9,7 @@ import headwater
 from headwater.core.examples import Examples
 from headwater.core.fit import Fit
 from headwater.core.scores import Scores
-from headwater.trace import LESS, TRAK, Arnoldi, LiSSA, Newton, Source
+from headwater.trace import LESS, TRAK, Arnoldi, LiSSA, Newton, Proximal, Source
 from headwater.trace.base import Attributor
 from tests.curvature_cases import loss_gradients
 
@@ -32,6 +32,8 @@ def run(method: Attributor, fit: Fit, queries: Examples, **options: Any) -> Scor
         method = LiSSA(steps=6, n_samples=3, tolerance=9.0)
     if method == Arnoldi():
         method = Arnoldi(steps=12, rank=5)
+    if method == Proximal():  # an optimization for each example
+        method = Proximal(steps=3)
     if method == Source():  # the shortest run has two steps
         method = Source(segments=2)
     if isinstance(method, Newton):  # needs the rows of the Gauss–Newton root

@@ -352,7 +352,12 @@ class _FromFit:
                 "layers, or pass calibration examples."
             )
         assert isinstance(self.fit.curvature, Layerwise)
-        A = self.fit.curvature.activation_covariance(layer.name)
+        if self.fit.facts["options"]["curvature"].get("approximation") == "reduce":
+            raise ValueError(
+                "The factors of approximation='reduce' are of sums over positions; fit with 'expand', or pass "
+                "calibration examples."
+            )
+        A, _ = self.fit.curvature.factors(layer.name)
         return A[:-1, :-1] if layer.has_bias else A
 
     def run(self, kept: _Kept) -> Iterator[dict[str, Any]]:

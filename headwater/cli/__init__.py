@@ -18,7 +18,10 @@ COMMANDS: dict[str, str] = {
     "trace": "which training examples raised or lowered a completion",
     "timeline": "when in a fine-tuning a completion was learnt, and from which examples",
     "adapt": "quantize a model to a few bits, with the statistics of its fit",
+    "audit": "doubtful labels, odd inputs: what is wrong with the training data",
     "verify": "retrain without the named examples: predicted beside actual",
+    "calibrate": "how sure one may be: hedged probabilities, claims with a bound on false ones",
+    "forget": "edit weights so that the model recites less, and take it back exactly",
     "bench": "measure attribution methods against retraining, on real data",
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",
@@ -44,6 +47,7 @@ examples:
   headwater trace runs/mine --prompt "The river rises in" --source topic
   headwater timeline runs/mine --prompt "The river rises in"
   headwater adapt quip runs/mine --bits 3 --out runs/small
+  headwater audit runs/mine
   headwater verify runs/mine
 
 Every command has --help, and --json for machines. fit, index build and trace run on several processes or machines:

@@ -157,7 +157,7 @@ def _has_statistics(fitted: Any, patterns: tuple[str, ...]) -> bool:
         return False
     followed = {use.module: x.name for x in fitted.followed for use in x.uses}
     names = chosen_layers(fitted.model, patterns)
-    return all(followed.get(name) in fitted.curvature.inputs for name in names)
+    return all(followed.get(name) in fitted.curvature.factor_eigenvalues for name in names)
 
 
 def _refuse_other(out: Path) -> None:

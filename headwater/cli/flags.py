@@ -1,6 +1,6 @@
 """Flags that commands share, their checks, and their way to JSON and back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 Command = TypeVar("Command")
+Actions = Mapping[
+    str, tuple[type, Callable[[Any], int]]
+]  # flags and what is done, by the action's name
 RUN, FINETUNE = (
     "run.json",
     "finetune.json",
@@ -203,3 +206,17 @@ def to_json(command: Any) -> dict[str, Any]:
         return list(value) if isinstance(value, tuple) else value
 
     return plain(asdict(command))
+
+
+def run_action(command: str, words: list[str], actions: Actions, *, example: str) -> int:
+    """Run the action that the first word names; without one, or asked for help, tell what there is."""
+    if not words or words[0] in ("-h", "--help"):
+        wide = max(map(len, actions))
+        lines = (f"  {k:{wide}} {(v[0].__doc__ or '').splitlines()[0]}" for k, v in actions.items())
+        print(f"usage: headwater {command} ACTION ...\n\nactions:\n" + "\n".join(lines))
+        print(f"\nExample: headwater {command} {example}")
+        return 0
+    if words[0] not in actions:
+        raise ValueError(f"Expected one of {', '.join(actions)}; got {words[0]!r}.")
+    flags, action = actions[words[0]]
+    return action(parse(flags, words[1:], prog=f"{command} {words[0]}"))

@@ -1,7 +1,7 @@
 """`headwater index`: rows of the training data, made once and asked many questions."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from headwater.cli.common import Session, emit_json, progress_bar, read_examples, run_session, say
-from headwater.cli.flags import RUN, parse, require
+from headwater.cli.flags import RUN, Actions, require, run_action
 
 if TYPE_CHECKING:
     from headwater.cli.flags import DataFlags
@@ -37,6 +37,8 @@ class Build:
         rank: Numbers kept on each side of a layer.
         sides: For whitened: the leading coordinates, random mixtures of all, or auto: what is better on the sample.
         dtype: How rows are stored.
+        factors: Store each layer's matrix by so many of its singular pairs, for random sides and logra; whole when
+            left out.
         damping: As for `headwater trace`; for logra a number or "0.1 relative".
         seed: Seed of random matrices.
         sample: Examples on which the error is measured; 0 measures none.
@@ -48,6 +50,7 @@ class Build:
     rank: int = 16
     sides: Literal["auto", "leading", "random"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "int8"
+    factors: int | None = None
     damping: str | None = None
     seed: int = 0
     sample: int = 200
@@ -56,6 +59,7 @@ class Build:
     def check(self) -> None:
         """Refuse an index that holds nothing."""
         require("--rank", self.rank, "at least 1", self.rank >= 1)
+        require("--factors", self.factors, "at least 1", self.factors is None or self.factors >= 1)
         require("--sample", self.sample, "0 or more", self.sample >= 0)
 
     def rows(self) -> "Whitened | LoGra":
@@ -157,15 +161,7 @@ class Verify:
 
 
 def run(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
-        lines = (f"  {k:8} {(v[0].__doc__ or '').splitlines()[0]}" for k, v in ACTIONS.items())
-        print("usage: headwater index ACTION ...\n\nactions:\n" + "\n".join(lines))
-        print("\nExample: headwater index build runs/mine")
-        return 0
-    if words[0] not in ACTIONS:
-        raise ValueError(f"Expected one of {', '.join(ACTIONS)}; got {words[0]!r}.")
-    flags, action = ACTIONS[words[0]]
-    return action(parse(flags, words[1:], prog=f"index {words[0]}"))
+    return run_action("index", words, ACTIONS, example="build runs/mine")
 
 
 def _build(command: Build) -> int:
@@ -179,6 +175,7 @@ def _build(command: Build) -> int:
             command.run / FOLDER,
             kind=command.rows(),
             dtype=command.dtype,
+            factors=command.factors,
             sample=command.sample,
             progress=progress,
         )
@@ -188,6 +185,7 @@ def _build(command: Build) -> int:
                 command.run / HELDOUT,
                 kind=replace(command, sides=_sides(index)).rows(),
                 dtype=command.dtype,
+                factors=command.factors,
                 examples=session.heldout,
                 sample=0,
                 progress=progress,
@@ -291,7 +289,7 @@ def _repair(command: Verify, place: Path, progress: "Progress | None") -> list["
     return found
 
 
-ACTIONS: dict[str, tuple[type, Callable[[Any], int]]] = {
+ACTIONS: Actions = {
     "build": (Build, _build),
     "add": (Add, _add),
     "remove": (Remove, _remove),
@@ -378,7 +376,7 @@ def _quality(facts: dict[str, Any]) -> Sequence[str]:
             + ("" if hundred is None else f", {100 * hundred:.0f} % of each top hundred")
         )
         lines.append(
-            f"of that the dtype alone: Spearman {dtype['spearman']:.4f}, "
+            f"of that the storage alone: Spearman {dtype['spearman']:.4f}, "
             f"{100 * dtype['recall_10']:.0f} % of each top ten"
         )
     elif "folder" in facts:

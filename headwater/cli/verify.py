@@ -28,12 +28,17 @@ if TYPE_CHECKING:
     from headwater.training.verify import Verification
 
 
+_NOT_OF_A_TRACE = ("run", "name", "json", "audit", "changes", "program", "trajectory")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verify:
     """Repeat the fine-tuning without a trace's top examples, without as many at random, and with the top ones twice.
 
     What the scores predicted for each completion is shown beside what then happened, in nats. The runs differ from
     the original in the weights of those examples alone: same seed, same order. Finished runs are kept.
+
+    With --audit it is an audit's change set that is made, and the loss of held-out examples that is measured.
 
     Example: headwater verify runs/mine --top 10
 
@@ -44,6 +49,10 @@ class Verify:
         query: Numbers of the completions to ask about, from 1; all when left out, with one run for their union.
         seeds: Repeats with other seeds: several make a statement about the expected outcome, not about this run.
         random_seed: Seed of the random choice.
+        audit: Name of an audit in the run folder whose change set is to be verified, in place of a trace.
+        changes: File of a change set, in place of the audit's own.
+        program: For models of other kinds: file.py:function, as for `headwater audit`.
+        trajectory: With --program: folder of the recorded training run; the run folder when left out.
         json: Print the result as JSON.
     """
 
@@ -53,6 +62,10 @@ class Verify:
     query: tuple[int, ...] = ()
     seeds: int = 1
     random_seed: int = 0
+    audit: str | None = None
+    changes: Path | None = None
+    program: str | None = None
+    trajectory: Path | None = None
     json: bool = False
 
     def check(self) -> None:
@@ -60,11 +73,23 @@ class Verify:
         require("--top", self.top, "at least 1", self.top >= 1)
         require("--seeds", self.seeds, "at least 1", self.seeds >= 1)
         require("--query", self.query, "1 or more", all(q >= 1 for q in self.query))
+        audited = self.audit is not None or self.changes is not None
+        if audited and (self.name or self.query):
+            raise ValueError(
+                "--audit and --changes verify a change set, not a trace; leave out --name and --query."
+            )
+        if (self.program or self.trajectory) and not audited:
+            raise ValueError("--program and --trajectory go with --audit or --changes.")
 
 
 def run(words: list[str]) -> int:
     command = parse(Verify, words, prog="verify")
-    found = verify(command, quiet=command.json)
+    if command.audit is not None or command.changes is not None:
+        from headwater.cli.verify_audit import verify_changes
+
+        found = verify_changes(command, quiet=command.json)
+    else:
+        found = verify(command, quiet=command.json)
     if command.json:
         emit_json(asdict(found))
         return 0
@@ -109,7 +134,7 @@ def verify(command: Verify, *, quiet: bool = False) -> "Verification":
             f"The trace has {len(said)} completions; --query {wrong[0]} is none of them."
         )
     folder = command.run / "verify" / name
-    options = {k: v for k, v in asdict(command).items() if k not in ("run", "name", "json")}
+    options = {k: v for k, v in asdict(command).items() if k not in _NOT_OF_A_TRACE}
     asked_digest = evidence.facts.get("question")
     fit = _fit_made_from(command.run)
     made = fingerprint_json([options, tuning, source, asked_digest, list(said), fit])

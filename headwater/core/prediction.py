@@ -78,6 +78,10 @@ class Prediction(ABC):
     def outputs(self) -> Tensor:
         """The model's outputs that the loss depends on."""
 
+    @abstractmethod
+    def with_outputs(self, outputs: Tensor) -> "Prediction":
+        """The same labels scored by other outputs."""
+
     def loss(self) -> Float[Tensor, " batch"]:
         """Loss of each example, summed over its positions."""
         return self.token_loss().sum(dim=1)
@@ -109,6 +113,9 @@ class Categorical(Prediction):
     @property
     def target(self) -> Tensor:  # type: ignore[override]
         return self.labels
+
+    def with_outputs(self, outputs: Tensor) -> "Categorical":
+        return replace(self, logits=outputs)
 
     def with_target(self, target: Tensor) -> "Categorical":
         return replace(self, labels=target)
@@ -171,6 +178,9 @@ class Gaussian(Prediction):
     @property
     def outputs(self) -> Tensor:
         return self.mean
+
+    def with_outputs(self, outputs: Tensor) -> "Gaussian":
+        return replace(self, mean=outputs)
 
     def with_target(self, target: Tensor) -> "Gaussian":
         return replace(self, target=target)

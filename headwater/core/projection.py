@@ -94,10 +94,11 @@ class TwoSided(Projection):
         self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     def width(self, layer: Layer) -> int:
-        out, in_ = self._kept(layer)
+        out, in_ = self.kept(layer)
         return layer.shape[0] * out * in_
 
-    def _kept(self, layer: Layer) -> tuple[int, int]:
+    def kept(self, layer: Layer) -> tuple[int, int]:
+        """Numbers kept on each side of a layer."""
         if layer.name in self.given:
             sizes = zip(self.given[layer.name], layer.shape[1:], strict=True)
             return tuple(d if p is None else p.shape[-2] for p, d in sizes)  # type: ignore[return-value]
@@ -108,7 +109,7 @@ class TwoSided(Projection):
         """(P_out, P_in) of a layer, (groups?, kept, whole) each; None is the identity."""
         if layer.name in self.given:
             return self.given[layer.name]
-        kept, (groups, *whole) = self._kept(layer), layer.shape
+        kept, (groups, *whole) = self.kept(layer), layer.shape
         names = (f"out:{layer.name}", f"in:{layer.input_group}")
         out, in_ = (
             None if k == d else self._random(name, groups, k, d)

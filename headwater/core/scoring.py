@@ -10,10 +10,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwater.core.capture import Accumulator, BatchInfo, Kept, Rows
-from headwater.core.curvature.base import Preconditioned
+from headwater.core.curvature.base import Curvature, Preconditioned, SpectralFunction
+from headwater.core.curvature.layerwise import Layerwise
 from headwater.core.curvature.moments import Basis, SharedRotation, rotates_first
 from headwater.core.curvature.prepared import in_basis
-from headwater.core.gradients import Factored, Gradients, dense, inner, squared_norms
+from headwater.core.damping import mean_of
+from headwater.core.gradients import (
+    CollectGradients,
+    Factored,
+    Gradients,
+    dense,
+    inner,
+    squared_norms,
+)
+from headwater.core.layers import Layer
 from headwater.numerics import kronecker
 
 _CHUNK = 1 << 25  # numbers of gradients held at a time
@@ -415,6 +425,62 @@ def _weighted_squares(
     matrices = kronecker.gradient(a, g).movedim(-3, 0)
     squares = kronecker.change_basis(matrices, Q_A, Q_G).square_()
     return (squares * factor).sum((-1, -2), dtype=kronecker.sum_dtype(a)).movedim(0, -1)
+
+
+class SelfThrough(Accumulator):
+    """Quadratic forms of whole gradients, a batch at a time, for curvature that is not layerwise.
+
+    Args:
+        curvature: The curvature C.
+        function: f.
+        n: Number of examples.
+        layers: The followed layers.
+    """
+
+    kept: ClassVar[Kept] = "rows"
+
+    def __init__(
+        self, curvature: Curvature, function: SpectralFunction, n: int, layers: Iterable[Layer]
+    ):
+        self.curvature, self.function, self.layers = curvature, function, list(layers)
+        self.scores = torch.zeros(n, dtype=torch.float64)
+        self._batch = CollectGradients(self.layers)
+
+    def update(self, rows) -> None:
+        self._batch.update(rows)
+
+    def end_batch(self, batch) -> None:
+        self._batch.end_batch(batch)
+        gradients, indices, _ = self._batch.finish()
+        self.scores[indices] = self.curvature.quadratic(gradients, self.function).cpu()
+        self._batch = CollectGradients(self.layers)
+
+    def forget(self, indices: Tensor) -> bool:
+        self._batch = CollectGradients(self.layers)
+        self.scores[indices] = 0
+        return True
+
+    def merge(self, other: "SelfThrough") -> None:
+        self.scores += other.scores
+
+    def finish(self) -> Tensor:
+        return self.scores
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"scores": self.scores}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.scores = tensors["scores"]
+
+
+def self_scores(
+    curvature: Curvature, function: SpectralFunction, n: int, layers: Iterable[Layer]
+) -> SelfScores | SelfThrough:
+    r"""Gathers $g_n^\top f(C)\,g_n$ of n examples, in the form that suits the curvature."""
+    if not isinstance(curvature, Layerwise):
+        return SelfThrough(curvature, function, n, layers)
+    factors = {name: function(e, mean_of(e)) for name, e in curvature.eigenvalues.items()}
+    return SelfScores(curvature.bases, factors, n)
 
 
 class Norms(Accumulator):

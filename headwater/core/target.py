@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from headwater.core.prediction import LabelRows
 from headwater.core.task import Measurement, Task, measurement_function
+from headwater.numerics import noise
 
 Fisher = Literal["mc", "empirical", "exact"]
 
@@ -141,6 +142,54 @@ class Enumerated(Target):
             part = slice(start, start + len(keys))
             some = LabelRows(example[part], position[part], label[part], weight[part])
             yield Part(_OneRow(some), some.example, some.weight, share[part])
+
+
+@dataclass(frozen=True)
+class _Combination(Target):
+    """One combination of the outputs an example: output `number`, or under random signs."""
+
+    number: int | None
+    seed: int = 0
+
+    def __call__(self, model, task, batch, keys, fixed=None):
+        prediction = task.predict(model, batch)
+        outputs = prediction.outputs * prediction.mask[..., None]
+        if self.number is not None:
+            return outputs.flatten(1)[:, self.number], None
+        if fixed is None:
+            counter = torch.arange(outputs[0].numel(), device=keys.device)
+            key, counter = keys[:, None].expand(-1, len(counter)), counter.expand(len(keys), -1)
+            fixed = (noise.uniform(key, counter, self.seed) < 0.5).to(outputs) * 2 - 1
+        return (outputs.flatten(1) * fixed).sum(1), fixed
+
+
+@dataclass(frozen=True)
+class Outputs(Target):
+    """The outputs themselves: second moments of the rows' gradients sum over all outputs of an example.
+
+    Attributes:
+        draws: Random combinations of the outputs (signs), each weighted by one over their number; None takes every
+            output, in as many passes.
+        seed: Seed of the signs.
+    """
+
+    draws: int | None = None
+    seed: int = 0
+
+    def __call__(self, model, task, batch, keys, fixed=None):
+        raise AssertionError("outputs run in parts")
+
+    def parts(self, model, task, batch, keys):
+        device, number = keys.device, self.draws
+        if number is None:
+            with torch.no_grad():
+                number = task.predict(model, batch).outputs[0].numel()
+        share = torch.full((len(keys),), 1 / number, dtype=torch.float64, device=device)
+        for n in range(number):
+            if self.draws is None:
+                yield Part(_Combination(n), None, None, share)
+            else:
+                yield Part(_Combination(None, self.seed * number + n), None, share, share)
 
 
 def fisher_target(fisher: Fisher, *, draws: int = 1, cut: float = 1e-4, seed: int = 0) -> Target:

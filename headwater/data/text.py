@@ -131,6 +131,23 @@ def read_records(
     )
 
 
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a table as they stand, whatever their columns: .csv, .parquet, .jsonl and the others of `read_records`.
+
+    Returns:
+        For each row where it stands, such as "scores.csv:17", and its columns.
+
+    Raises:
+        FileNotFoundError: There is no such file; the message names those with a similar name.
+        ValueError: The file cannot be read, or holds no rows.
+    """
+    path = Path(path)
+    rows = list(_rows(path, "line", "strict"))
+    if not rows:
+        raise ValueError(f"{path} is empty: it holds no rows.")
+    return rows
+
+
 # Which columns
 
 

@@ -6,10 +6,13 @@ anyone likes.
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from headwater.core.sections import Step
 
 
 class Attention(nn.Module):
@@ -105,6 +108,15 @@ class GPT(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None = None
     ) -> Float[Tensor, "batch pos vocab"]:
+        x, seen = self._embedded(input_ids, attention_mask)
+        for block in self.blocks:
+            x = block(x, seen)
+        return self.head(self.norm(x))
+
+    def _embedded(
+        self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None
+    ) -> tuple[Float[Tensor, "batch pos dim"], Tensor]:
+        """The residual stream at its beginning, and which positions each position sees."""
         length = most = input_ids.shape[1]
         if length > self.context and attention_mask is not None:
             most = int(attention_mask.sum(1).max())  # padding takes no position
@@ -117,7 +129,43 @@ class GPT(nn.Module):
             positions = (real.long().cumsum(1) - 1).clamp(min=0)
             itself = steps[:, None] == steps
             seen = ((seen & real[:, None]) | itself)[:, None]
-        x = self.embed(input_ids) + self.position(positions)
-        for block in self.blocks:
-            x = block(x, seen)
-        return self.head(self.norm(x))
+        return self.embed(input_ids) + self.position(positions), seen
+
+    def steps(self) -> list[Step]:
+        """The forward pass between places that everything flows through.
+
+        Of block i these are "blocks.i" and "blocks.i.mlp", where the residual stream is alone, and "blocks.i.down",
+        where the perceptron's neurons run beside it.
+        """
+
+        def embedded(batch: Any) -> tuple[Tensor, Tensor]:
+            return self._embedded(batch["input_ids"], batch.get("attention_mask"))
+
+        def attend(block: Block):
+            def step(parts: tuple[Tensor, ...], batch: Any) -> tuple[Tensor, ...]:
+                (x,) = parts
+                return (x + block.attention(block.norm_1(x), embedded(batch)[1]),)
+
+            return step
+
+        def expand(block: Block):
+            def step(parts: tuple[Tensor, ...], batch: Any) -> tuple[Tensor, ...]:
+                (x,) = parts
+                return x, nn.functional.gelu(block.up(block.norm_2(x)))
+
+            return step
+
+        def contract(block: Block):
+            return lambda parts, batch: (parts[0] + block.down(parts[1]),)
+
+        found = [Step("embed", lambda parts, batch: (embedded(batch)[0],), (self.embed,))]
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            found += [
+                Step(f"blocks.{i}", attend(block), (block.norm_1, *block.attention.modules())),
+                Step(f"blocks.{i}.mlp", expand(block), (block.norm_2, block.up)),
+                Step(f"blocks.{i}.down", contract(block), (block.down,)),
+            ]
+        found.append(Step("norm", lambda parts, batch: (self.norm(parts[0]),), (self.norm,)))
+        found.append(Step("head", lambda parts, batch: (self.head(parts[0]),), (self.head,)))
+        return found

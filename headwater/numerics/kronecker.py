@@ -114,3 +114,25 @@ def change_back(
     r"""$Q_G X Q_A^\top$: the inverse of `change_basis`."""
     x = x if Q_A is None else x @ Q_A.mT
     return x if Q_G is None else Q_G @ x
+
+
+def singular_pairs(
+    x: Float[Tensor, "*batch out in"], rank: int
+) -> tuple[Float[Tensor, "*batch rank out"], Float[Tensor, "*batch rank in"]]:
+    r"""Leading singular pairs $\sqrt{s_k} u_k$ and $\sqrt{s_k} v_k$, the strongest first.
+
+    Their products sum to the best approximation of that rank. They come from the eigenvectors of the smaller of
+    $x x^\top$ and $x^\top x$, whose projection of x keeps the accuracy of x itself.
+
+    Example:
+        >>> u, v = singular_pairs(torch.tensor([[0.0, 4.0], [0.0, 0.0]]), 1)
+        >>> (u.mT @ v).tolist()
+        [[0.0, 4.0], [0.0, 0.0]]
+    """
+    if x.shape[-2] > x.shape[-1]:
+        right, left = singular_pairs(x.mT, rank)
+        return left, right
+    unit = torch.linalg.eigh(x @ x.mT).eigenvectors[..., -rank:].flip(-1).mT
+    other = unit @ x
+    root = other.norm(dim=-1, keepdim=True).sqrt()
+    return unit * root, other / root.clamp(min=torch.finfo(x.dtype).tiny)

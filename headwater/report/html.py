@@ -39,16 +39,39 @@ def write_html(evidence: Evidence, path: str | Path) -> Path:
     Raises:
         ImportError: jinja2 is missing; the message says how to install it.
     """
+    return write_page(path, render(evidence))
+
+
+def write_page(path: str | Path, content: str) -> Path:
+    """Write a page whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(render(evidence), encoding="utf-8")
+    partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)
     return path
 
 
 def render(evidence: Evidence) -> str:
     """The page that `write_html` writes."""
+    facts = text.facts(evidence)
+    digits = text.score_decimals(evidence)
+    answers = [_answer(answer, digits) for answer in evidence.answers]
+    return render_page(
+        "evidence.html.j2",
+        answers=answers,
+        headlines=[
+            (label, text.shortened(value, 2 * _NAME))
+            for label, value in facts
+            if label in _HEADLINES
+        ],
+        facts=[(label, text.shortened(value, _CELL)) for label, value in facts],
+        levels=range(1, _LEVELS + 1),
+    )
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A template filled in, every value escaped and made visible."""
     jinja2 = require("jinja2", extra="report")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -59,19 +82,7 @@ def render(evidence: Evidence) -> str:
         lstrip_blocks=True,
     )
     environment.filters["sha256"] = _sha256
-    facts = text.facts(evidence)
-    digits = text.score_decimals(evidence)
-    answers = [_answer(answer, digits) for answer in evidence.answers]
-    return environment.get_template("evidence.html.j2").render(
-        answers=answers,
-        headlines=[
-            (label, text.shortened(value, 2 * _NAME))
-            for label, value in facts
-            if label in _HEADLINES
-        ],
-        facts=[(label, text.shortened(value, _CELL)) for label, value in facts],
-        levels=range(1, _LEVELS + 1),
-    )
+    return environment.get_template(template).render(**values)
 
 
 def _finalize(value: Any) -> Any:

@@ -42,11 +42,11 @@ def show(evidence: Evidence, console: Console | None = None, width: int | None =
         for block in printer.answer(answer, f"Answer {number} of {len(evidence.answers)}")
     ]
     blocks += [Rule(Text("How this was found"), style="dim"), printer.facts(evidence)]
-    console.print(_Encodable(Group(*blocks)), width=width)
+    console.print(Encodable(Group(*blocks)), width=width)
 
 
 @dataclass(frozen=True)
-class _Encodable:
+class Encodable:
     """A renderable, without the characters that the console's encoding lacks."""
 
     content: RenderableType

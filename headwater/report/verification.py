@@ -36,8 +36,9 @@ def show(found: Verification, console: Console | None = None) -> None:
     won = found.beats_chance
     if not won:
         return
+    what = "the top" if "changes" not in found.facts else "these"
     console.print(
-        f"Leaving out the top examples moved {sum(won)} of {len(won)} completions further down than leaving out as "
+        f"Leaving out {what} examples moved {sum(won)} of {len(won)} measurements further down than leaving out as "
         "many at random did.",
         style="bold",
     )

@@ -16,6 +16,7 @@ from headwater.trace.influence import Influence, refine
 from headwater.trace.less import LESS
 from headwater.trace.lissa import LiSSA
 from headwater.trace.newton import Newton
+from headwater.trace.proximal import Proximal
 from headwater.trace.random import Random
 from headwater.trace.similarity import EmbeddingSimilarity, RepresentationSimilarity
 from headwater.trace.source import Source
@@ -42,6 +43,7 @@ __all__ = [
     "Influence",
     "LiSSA",
     "Newton",
+    "Proximal",
     "Random",
     "RepresentationSimilarity",
     "Source",

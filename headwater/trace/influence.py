@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwater.core.capture import Accumulator, Capture, Kept, Precision, Progress, sweep
+from headwater.core.capture import Accumulator, Precision, Progress, sweep
 from headwater.core.cost import available_memory_bytes
 from headwater.core.curvature import Curvature, Layerwise, Preconditioned
 from headwater.core.damping import Damping, Inverse, mean_of
@@ -33,9 +33,9 @@ from headwater.core.scores import GroupTotals, Scores, groups_of, significance
 from headwater.core.scoring import (
     PairScores,
     ReplicateScores,
-    SelfScores,
     StrongestScores,
     TokenScores,
+    self_scores,
 )
 from headwater.core.target import Loss, Measured
 from headwater.core.task import Measurement, measurement_name
@@ -408,15 +408,9 @@ class Influence(Attributor):
         Never negative. Large for examples that nothing else in the data supports: mislabels, outliers, memorized text.
         """
         damping, n = fit.damping(self.damping), len(fit.train)
-        if isinstance(fit.curvature, Layerwise):
-            factors = {
-                k: Inverse(damping)(e, mean_of(e)) for k, e in fit.curvature.eigenvalues.items()
-            }
-            own: Accumulator = SelfScores(fit.curvature.bases, factors, n)
-        else:
-            own = _SelfThrough(fit.curvature, Inverse(damping), n, fit.capture())
+        own = self_scores(fit.curvature, Inverse(damping), n, fit.followed)
         _gather(fit, fit.train, [own], progress, "self", self.precision)
-        return (own.finish() / n).float()  # type: ignore[attr-defined]
+        return (own.finish() / n).float()
 
 
 def _replicate_scores(
@@ -439,43 +433,6 @@ def _replicate_scores(
         ]
     _gather(fit, some, found, progress, "intervals")
     return torch.cat([f.finish().reshape(-1, len(gradients), len(some)) for f in found])
-
-
-class _SelfThrough(Accumulator):
-    """Quadratic forms of whole gradients, a batch at a time, for curvature that is not layerwise."""
-
-    kept: ClassVar[Kept] = "rows"
-
-    def __init__(self, curvature: Curvature, function: Inverse, n: int, capture: Capture):
-        self.curvature, self.function, self.layers = curvature, function, capture.layers
-        self.scores = torch.zeros(n, dtype=torch.float64)
-        self._batch = CollectGradients(self.layers.values())
-
-    def update(self, rows) -> None:
-        self._batch.update(rows)
-
-    def end_batch(self, batch) -> None:
-        self._batch.end_batch(batch)
-        gradients, indices, _ = self._batch.finish()
-        self.scores[indices] = self.curvature.quadratic(gradients, self.function).cpu()
-        self._batch = CollectGradients(self.layers.values())
-
-    def forget(self, indices: Tensor) -> bool:
-        self._batch = CollectGradients(self.layers.values())
-        self.scores[indices] = 0
-        return True
-
-    def merge(self, other: "_SelfThrough") -> None:
-        self.scores += other.scores
-
-    def finish(self) -> Tensor:
-        return self.scores
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"scores": self.scores}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        self.scores = tensors["scores"]
 
 
 def refine(

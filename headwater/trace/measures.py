@@ -26,6 +26,7 @@ from torch import Tensor
 
 from headwater.core.scores import Scores
 from headwater.numerics import spectral
+from headwater.numerics.detection import auroc, detection_estimate
 from headwater.numerics.ranks import (
     average_ranks,
     lds,
@@ -631,20 +632,8 @@ def retrieval(
     return Retrieval(
         recall={k: over((relevant & (ranks <= k)).sum(1) / counts) for k in ks},
         mrr=over(1 / first),
-        auc=over(torch.stack([auc(s, r) for s, r in zip(scores, relevant, strict=True)])),
+        auc=over(torch.stack([auroc(s, r) for s, r in zip(scores, relevant, strict=True)])),
     )
-
-
-def auc(values: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> Float[Tensor, ""]:
-    """Chance that a positive has a higher value than a negative, equal ones counting half; NaN without both.
-
-    Example:
-        >>> auc(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False])).item()
-        1.0
-    """
-    n = positive.sum().double()
-    wins = average_ranks(values)[positive].sum() - n * (n + 1) / 2
-    return wins / (n * (~positive).sum())
 
 
 def mislabel_auc(
@@ -666,19 +655,4 @@ def mislabel_auc(
     Raises:
         ValueError: All labels are wrong, or none is, or a value is NaN.
     """
-    if not 0 < int(wrong.sum()) < len(wrong) or suspicion.isnan().any():
-        raise ValueError(
-            f"Expected some wrong labels and some right ones, and numbers for all; got {int(wrong.sum())} wrong of "
-            f"{len(wrong)} and {int(suspicion.isnan().sum())} values that are NaN."
-        )
-    high, low = suspicion[wrong].double()[:, None], suspicion[~wrong].double()[None, :]
-    wins = (high > low).double() + (high == low).double() / 2
-
-    def share(row: Tensor, column: Tensor) -> float:
-        rows, columns = (
-            i.bincount(minlength=size).double()
-            for i, size in zip((row, column), wins.shape, strict=True)
-        )
-        return float(rows @ wins @ columns) / wins.numel()
-
-    return bootstrap(share, tuple(wins.shape), n=len(wrong), n_samples=n_samples, seed=seed)
+    return detection_estimate(auroc, suspicion, wrong, n_samples=n_samples, seed=seed)

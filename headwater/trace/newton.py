@@ -81,14 +81,15 @@ def subset_effects(
     inside = chosen[model.owner].nonzero().squeeze(1)
     place = torch.full_like(model.owner, -1)
     place[inside] = torch.arange(len(inside))
-    system = model.gram[inside][:, inside]
-    system.diagonal().add_(rho * n)
-    factor = torch.linalg.cholesky(system)
-    inverse = torch.cholesky_inverse(factor)
+    inverse = model.gram[inside[:, None], inside]
+    inverse.diagonal().add_(rho * n)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
 
     pull = (1 / n_train - chosen.double() / n).to(model.row_loss)
     seen = model.row_loss @ pull
-    moved = (seen - model.gram[:, inside] @ (inverse @ seen[inside])) / rho
+    solved_seen = torch.zeros_like(seen)
+    solved_seen[inside] = inverse @ seen[inside]
+    moved = (seen - model.gram @ solved_seen) / rho
     solved_query = inverse @ model.row_query[inside]
     row_loss = model.row_loss[inside]
     effects = torch.empty_like(model.loss_query.mT)
@@ -207,7 +208,7 @@ class Newton(Attributor):
                 f"A share of {self.share} of {n_train} examples is {size}; choose one that leaves some in and some out."
             )
         gradients = query_gradients(fit, examples, measurement, weights, progress)
-        model = linearized(fit, gradients, progress)
+        model = linearized(fit, gradients, progress, share=self.share)
         damping = fit.damping(self.damping)
         rho = damping.absolute(curvature.mean_eigenvalue)
         halves = [torch.zeros(len(gradients), n_train, dtype=torch.float64) for _ in range(2)]
@@ -250,15 +251,26 @@ def _rows(fit: Fit) -> tuple[DualCurvature, Int64[Tensor, " row"]]:
     return curvature, curvature.owners
 
 
-def linearized(fit: Fit, queries: Gradients, progress: Progress | None = None) -> Linearized:
+def linearized(
+    fit: Fit, queries: Gradients, progress: Progress | None = None, *, share: float = 1
+) -> Linearized:
     """The inner products, by one sweep over the training data.
+
+    Args:
+        fit: The fitted model.
+        queries: Gradients of what is asked.
+        progress: Called with (done, total, note).
+        share: Share of the examples in the subsets to come, which memory has to suffice for.
 
     Raises:
         MemoryError: They do not fit.
     """
     curvature, owner = _rows(fit)
     n_rows, n_train = len(curvature.rows), len(fit.train)
-    need, free = 8 * n_rows * (2 * n_rows + n_train), available_memory_bytes()
+    inside = (
+        share * n_rows
+    )  # a matrix over these and its inverse, beside products with every example
+    need, free = 8 * (2.2 * inside**2 + 2.5 * n_rows * n_train), available_memory_bytes()
     if need > free:
         raise MemoryError(
             f"Newton's step over {n_rows:,} rows and {n_train:,} examples takes {need / 1e9:.1f} GB; {free / 1e9:.1f} "

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
@@ -58,6 +58,29 @@ class RetrainMany(Protocol):
 Retrain = RetrainOne | RetrainMany
 
 
+@runtime_checkable
+class Relabels(Protocol):
+    """Can retrain with other labels as well."""
+
+    def with_labels(self, labels: dict[int, int]) -> Retrain:
+        """The same training, with new labels by number of the training example."""
+        ...
+
+
+def with_labels(retrain: Retrain, labels: dict[int, int], name: str) -> Retrain:
+    """A training with new labels.
+
+    Raises:
+        ValueError: It cannot change labels.
+    """
+    if not isinstance(retrain, Relabels):
+        raise ValueError(
+            f"{name!r} changes labels, which this training cannot; give it a method with_labels(labels) that returns "
+            "the training with new labels by number of the example, or only remove examples."
+        )
+    return retrain.with_labels(labels)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """A change of the training data: the weight of each example that no longer counts once.
@@ -66,11 +89,13 @@ class Change:
         name: What it is, in words.
         weights: New weights by number of the training example: 0 leaves it out, 2 counts it twice.
         control: Whether it was chosen at random, for comparison.
+        labels: New labels by number of the training example.
     """
 
     name: str
     weights: dict[int, float]
     control: bool = False
+    labels: dict[int, int] = field(default_factory=dict)
 
     def vector(self, n_train: int) -> Float[Tensor, " train"]:
         """Weights of all examples."""
@@ -79,18 +104,36 @@ class Change:
             weights[number] = weight
         return weights
 
-    def predicted(self, scores: Scores) -> Float[Tensor, " query"]:
-        """What the scores say it does to each query's measurement."""
+    def predicted(
+        self, scores: Scores, relabelled: Scores | None = None
+    ) -> Float[Tensor, " query"]:
+        """What the scores say it does to each query's measurement.
+
+        Args:
+            scores: Scores of the examples as they are.
+            relabelled: Scores of the examples under their new labels, by id; for changes of labels.
+        """
+        weights = self.weights | dict.fromkeys(self.labels, 0.0)  # the old label goes
         numbers = scores.kept or range(len(scores.train_ids))
         column = {number: i for i, number in enumerate(numbers)}
-        missing = [n for n in self.weights if n not in column]
+        missing = [n for n in weights if n not in column]
         if missing:
             raise ValueError(
                 f"Training example {missing[0]} has no score; score with keep=None to verify {self.name!r}."
             )
-        chosen = [column[n] for n in self.weights]
-        moved = torch.tensor(list(self.weights.values()), dtype=torch.float64) - 1
-        return scores.values[:, chosen].double() @ moved
+        chosen = [column[n] for n in weights]
+        moved = torch.tensor(list(weights.values()), dtype=torch.float64) - 1
+        found = scores.values[:, chosen].double() @ moved
+        if not self.labels:
+            return found
+        new = {} if relabelled is None else {i: k for k, i in enumerate(relabelled.train_ids)}
+        names = [scores.train_ids[column[n]] for n in self.labels]
+        if relabelled is None or any(name not in new for name in names):
+            raise ValueError(
+                f"{self.name!r} gives {len(self.labels)} examples other labels; pass their scores under these labels, "
+                "relabelled=…, to predict what that does."
+            )
+        return found + relabelled.values[:, [new[name] for name in names]].double().sum(1)
 
 
 AS_IT_WAS = Change(name="as it was", weights={})
@@ -129,16 +172,20 @@ def retrain_all(
     waiting, total = list(todo.items()), len(set(keys))
     size = getattr(retrain, "n_parallel", 32) if isinstance(retrain, RetrainMany) else 1
     while waiting:
-        group, waiting = waiting[:size], waiting[size:]
+        labels = waiting[0][1][0].labels  # runs on other labels are made apart
+        alike = [run for run in waiting if run[1][0].labels == labels]
+        group, rest = alike[:size], alike[size:]
+        waiting = rest + [run for run in waiting if run[1][0].labels != labels]
         changes, seeds = [change for _, (change, _) in group], [seed for _, (_, seed) in group]
+        trainer = with_labels(retrain, labels, changes[0].name) if labels else retrain
         if progress is not None:
             more = f" and {len(group) - 1} more" if len(group) > 1 else ""
             progress(len(found), total, f"retraining: {changes[0].name}{more}")
         weights = torch.stack([change.vector(n_train) for change in changes])
-        if isinstance(retrain, RetrainMany):
-            values = retrain.many(weights, seeds)
+        if isinstance(trainer, RetrainMany):
+            values = trainer.many(weights, seeds)
         else:
-            values = retrain(weights[0], seeds[0])[None]
+            values = trainer(weights[0], seeds[0])[None]
         values = values.detach().double().cpu()
         if values.shape != (len(group), len(queries)):
             shape = tuple(values.shape if isinstance(retrain, RetrainMany) else values.shape[1:])
@@ -169,7 +216,8 @@ def _key(
     change: Change, seed: int, n_train: int, queries: Sequence[str], made_from: str | None
 ) -> str:
     moved = [[n, float(w)] for n, w in sorted(change.weights.items()) if w != 1]
-    return fingerprint_json([n_train, moved, seed, list(queries), made_from])[:24]
+    labels = [sorted(change.labels.items())] if change.labels else []
+    return fingerprint_json([n_train, moved, seed, list(queries), made_from, *labels])[:24]
 
 
 def _place(cache: str | Path, key: str) -> Path:
@@ -238,6 +286,13 @@ class StackedRetrain:
                 functions,
             ]
         )
+
+    def with_labels(self, labels: dict[int, int]) -> "StackedRetrain":
+        """The same training, with new labels by number of the training example."""
+        x, y = self.train_data
+        y = y.clone()
+        y[list(labels)] = torch.tensor(list(labels.values()), dtype=y.dtype)
+        return replace(self, train_data=(x, y))
 
     def many(
         self, weights: Float[Tensor, "model train"], seeds: Sequence[int]

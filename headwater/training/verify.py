@@ -21,9 +21,10 @@ from torch import Tensor
 from headwater.core.files import read_json, write_json
 from headwater.core.scores import Scores
 from headwater.numerics.resampling import mean_interval
+from headwater.training.changes import ChangeSet
 from headwater.training.retraining import AS_IT_WAS, Change, Progress, Retrain, retrain_all
 
-__all__ = ["Change", "Outcome", "Retrain", "Verification", "changes", "verify"]
+__all__ = ["Change", "ChangeSet", "Outcome", "Retrain", "Verification", "changes", "verify"]
 
 
 def changes(
@@ -165,6 +166,7 @@ def verify(
     scores: Scores,
     planned: Sequence[Change] | None = None,
     *,
+    relabelled: Scores | None = None,
     seeds: Sequence[int] = (0,),
     before: Float[Tensor, " query"] | None = None,
     cache: str | Path | None = None,
@@ -176,7 +178,8 @@ def verify(
         retrain: Trains with the given weights of the examples and seed; returns the measurement of every query. Or an
             object that makes several runs at once (`headwater.training.retraining`).
         scores: The claim, in the measurement's unit.
-        planned: The changes; `changes(scores)` when left out.
+        planned: The changes; `changes(scores)` when left out. Those of an audit are `ChangeSet.planned`.
+        relabelled: Where changes give examples other labels: scores of those examples under them, by id.
         seeds: The original run's seed for a statement about that run; several for one about the expected outcome.
         before: The measurements of the original run, where one seed is given and they are known.
         cache: Folder in which every finished run's measurements are kept, so that a killed verification goes on.
@@ -201,7 +204,7 @@ def verify(
             "headwater.trace.measures.removal."
         )
     planned = changes(scores) if planned is None else list(planned)
-    predicted = [change.predicted(scores) for change in planned]
+    predicted = [change.predicted(scores, relabelled) for change in planned]
     known = before if len(seeds) == 1 else None
     first = [AS_IT_WAS] if known is None else []
     runs = [(change, seed) for change in [*first, *planned] for seed in seeds]
@@ -226,7 +229,7 @@ def verify(
                     query_id=query,
                     change=change.name,
                     control=change.control,
-                    n_changed=len(change.weights),
+                    n_changed=len(change.weights | change.labels),
                     predicted=float(guess[q]),
                     actual=float(moved[:, q].mean()),
                     before=float(values[0][:, q].mean()),

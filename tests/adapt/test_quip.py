@@ -70,13 +70,12 @@ def test_the_fit_holds_the_second_moments_without_the_bias(curvature, padded, tm
     )
     again = headwater.load(tmp_path / "fit", model, examples, CausalLM())
     for name in ("blocks.0.attention.key", "blocks.1.up", "blocks.1.down"):
-        A = fit.curvature.activation_covariance(
-            next(x.name for x in fit.followed if name in [u.module for u in x.uses])
-        )
+        layer = next(x.name for x in fit.followed if name in [u.module for u in x.uses])
+        A, _ = fit.curvature.factors(layer)
         expected = inputs_of(model, name, examples)
         torch.testing.assert_close(A[:-1, :-1], expected, rtol=1e-8, atol=1e-8)
         assert float(A[-1, -1]) == pytest.approx(1.0)  # what the bias reads
-    torch.testing.assert_close(again.curvature.activation_covariance(name), A)
+    torch.testing.assert_close(again.curvature.factors(name)[0], A)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -257,10 +256,10 @@ def test_fits_without_the_statistics_are_refused_with_what_to_do():
         QuIP().adapt(small, fit)
     model, examples, task = gpt(), texts(), CausalLM()
     fit = headwater.fit(model, examples, task, curvature="identity", layers="all")
-    with pytest.raises(ValueError, match=r"covariance of 'blocks.0.attention.query'.*ekfac"):
+    with pytest.raises(ValueError, match=r"no factors of 'blocks.0.attention.query'.*ekfac"):
         QuIP().adapt(model, fit)
     fit = headwater.fit(model, examples, task, curvature=KFAC(approximation="reduce"), layers="all")
-    with pytest.raises(ValueError, match="holds no activation covariance"):
+    with pytest.raises(ValueError, match="factors of approximation='reduce'"):
         QuIP().adapt(model, fit)
     fit = headwater.fit(model, examples, task, curvature="ekfac", layers=["blocks.1.*"])
     with pytest.raises(ValueError, match=r"does not follow 'blocks.0.attention.query'"):

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from headwater.core.scores import Scores
+from headwater.numerics.detection import auroc
 from headwater.trace.measures import (
     additive_ceiling,
-    auc,
     leave_one_out,
     linear_datamodeling_score,
     mislabel_auc,
@@ -349,17 +349,17 @@ def test_queries_without_truth_or_with_equal_scores_are_left_out_and_counted():
 
 def test_equal_scores_count_half_in_the_auc():
     values = torch.tensor([1.0, 1.0, 0.0])
-    assert auc(values, torch.tensor([True, False, False])) == 0.75
-    assert auc(values, torch.zeros(3, dtype=torch.bool)).isnan()
+    assert auroc(values, torch.tensor([True, False, False])) == 0.75
+    assert auroc(values, torch.zeros(3, dtype=torch.bool)).isnan()
 
 
 def test_the_auc_of_mislabels_is_that_of_pairs_with_an_interval():
     wrong = torch.arange(200) < 40
     values = normal(200) + 1.5 * wrong.double()
     found = mislabel_auc(values, wrong, n_samples=200)
-    assert found.value == pytest.approx(float(auc(values, wrong)))
+    assert found.value == pytest.approx(float(auroc(values, wrong)))
     # Two normals 1.5 apart: Φ(1.5/√2) = 0.856.
     assert found.low < 0.856 < found.high and found.high - found.low < 0.2
     assert mislabel_auc(-values, wrong, n_samples=20).value == pytest.approx(1 - found.value)
-    with pytest.raises(ValueError, match="got 0 wrong of 200"):
+    with pytest.raises(ValueError, match="got 0 positives of 200"):
         mislabel_auc(values, torch.zeros(200, dtype=torch.bool))

@@ -42,7 +42,7 @@ class Layerwise(Curvature):
         n_folds: Examples in each fold.
         facts: Numbers worth telling.
         others: The curvature with each fold left out, where these have eigenbases of their own.
-        inputs: Eigenvalues (in) of each layer's activation covariance, in its basis Q_A.
+        factor_eigenvalues: (D_A, D_G) of each layer's factors, in the order of the bases; empty where there are none.
     """
 
     kind: ClassVar[str] = "layerwise"
@@ -54,9 +54,10 @@ class Layerwise(Curvature):
         n_folds: Tensor,
         facts: dict[str, Any] | None = None,
         others: Sequence["Layerwise"] = (),
-        inputs: dict[str, Tensor] | None = None,
+        factor_eigenvalues: dict[str, tuple[Tensor, Tensor]] | None = None,
     ):
-        self.others, self.inputs = list(others), inputs or {}
+        self.others = list(others)
+        self.factor_eigenvalues = factor_eigenvalues or {}
         self.bases, self.sums, self.n_folds, self.facts = bases, sums, n_folds.double(), facts or {}
         self.n_examples = float(n_folds.sum())
         self.eigenvalues = {
@@ -96,19 +97,6 @@ class Layerwise(Curvature):
     def spectra(self) -> dict[str, Tensor]:
         return self.eigenvalues
 
-    def activation_covariance(self, name: str) -> Float[Tensor, "*group in in"]:
-        """A of a layer: the mean of its inputs' outer products over positions, undamped, a bias' one as last input.
-
-        Raises:
-            ValueError: It was not kept.
-        """
-        if name not in self.inputs:
-            raise ValueError(
-                f"The fit holds no activation covariance of {name!r}; fit again with curvature='ekfac' or 'kfac'."
-            )
-        values, Q_A = self.inputs[name], self.bases[name][0]
-        return torch.diag_embed(values) if Q_A is None else Q_A * values[..., None, :] @ Q_A.mT
-
     @property
     def n_replicates(self) -> int:
         return len(self.n_folds) if int((self.n_folds > 0).sum()) > 1 else 0
@@ -123,13 +111,33 @@ class Layerwise(Curvature):
             found.append(Layerwise(self.bases, sums, self.n_folds[keep]))
         return found
 
+    def factors(
+        self, layer: str
+    ) -> tuple[Float[Tensor, "*groups in in"], Float[Tensor, "*groups out out"]]:
+        r"""Second moments A of what a layer reads, with a bias as the last input, and G of its output gradients.
+
+        Raises:
+            ValueError: The curvature was fitted without them.
+        """
+        if layer not in self.factor_eigenvalues:
+            raise ValueError(
+                f"This fit holds no factors of {layer!r}; fit with curvature 'kfac' or 'ekfac' (fits made before the "
+                "factors' eigenvalues were kept have to be made again), and follow this layer."
+            )
+        A, G = (
+            torch.diag_embed(D.double()) if Q is None else _product(Q.double(), D)
+            for Q, D in zip(self.bases[layer], self.factor_eigenvalues[layer], strict=True)
+        )
+        return A, G
+
     def tensors(self) -> dict[str, Tensor]:
         state = {"n_folds": self.n_folds}
         for name, (Q_A, Q_G) in self.bases.items():
             state |= {} if Q_A is None else {f"Q_A:{name}": Q_A}
             state |= {} if Q_G is None else {f"Q_G:{name}": Q_G}
-            state |= {f"D_A:{name}": self.inputs[name]} if name in self.inputs else {}
             state[f"sums:{name}"] = self.sums[name]
+        for name, (D_A, D_G) in self.factor_eigenvalues.items():
+            state |= {f"D_A:{name}": D_A, f"D_G:{name}": D_G}
         for k, other in enumerate(self.others):
             state |= {f"without {k}:{name}": t for name, t in other.tensors().items()}
         return state
@@ -142,8 +150,14 @@ class Layerwise(Curvature):
         while own := _under(tensors, f"without {len(others)}:"):
             others.append(cls.from_tensors(own, {}))
         sums = {n: tensors[f"sums:{n}"] for n in names}
-        inputs = {n: tensors[f"D_A:{n}"] for n in names if f"D_A:{n}" in tensors}
-        return cls(bases, sums, tensors["n_folds"], facts, others, inputs)
+        kept = {
+            n: (tensors[f"D_A:{n}"], tensors[f"D_G:{n}"]) for n in names if f"D_A:{n}" in tensors
+        }
+        return cls(bases, sums, tensors["n_folds"], facts, others, kept)
+
+
+def _product(Q: Tensor, D: Tensor) -> Tensor:
+    return (Q * D.double()[..., None, :]) @ Q.mT
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -298,17 +312,9 @@ class KFAC(_Sampled):
             positions = moments.counts[f"G:{name}"] / moments.n_examples
             eigenvalues = positions * D_G[..., :, None] * D_A[..., None, :]
             sums[name] = (moments.n_examples * eigenvalues)[None].to(moments.sums[f"G:{name}"])
-        n = torch.tensor([moments.n_examples])
-        facts = _facts(lost, moments=moments)
-        return Layerwise(bases, sums, n, facts, inputs=self._inputs(moments, values))
-
-    def _inputs(self, moments: SecondMoments, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Eigenvalues of the activation covariances; of sums over positions there are none worth keeping."""
-        if self.approximation == "reduce":
-            return {}
-        layers = moments.layers.items()
-        inputs = {name: values[f"A:{layer.input_group}"] for name, layer in layers}
-        return {name: v.to(moments.sums[f"G:{name}"]) for name, v in inputs.items()}
+        n, facts = torch.tensor([moments.n_examples]), _facts(lost, moments=moments)
+        kept = factor_eigenvalues(moments, values)
+        return Layerwise(bases, sums, n, facts, factor_eigenvalues=kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,8 +349,8 @@ class EKFAC(KFAC):
         sums = EigenvalueSums(context.capture.layers.values(), bases, folds=self.folds)
         lost = self.eigenvalues(context, sums)
         facts = _facts(lost, moments=moments, eigenvalues=sums)
-        inputs = self._inputs(moments, values)
-        return Layerwise(bases, sums.finish(), sums.n_examples, facts, inputs=inputs)
+        kept = factor_eigenvalues(moments, values)
+        return Layerwise(bases, sums.finish(), sums.n_examples, facts, factor_eigenvalues=kept)
 
     def eigenvalues(self, context: FitContext, sums: EigenvalueSums | ByFold) -> LostTrace:
         # fresh labels, so that the eigenvalues are not fitted to the draws that chose the basis
@@ -355,21 +361,20 @@ class EKFAC(KFAC):
         """The same, with a replicate for each fold that has its own factors, basis and eigenvalues."""
         gathered = MomentsByFold(layers, self.folds, **self._moment_options)
         self._pass(context, gathered, stage="moments", seed=self.seed)
-        every = gathered.without(None)
-        values, basis = eigenbases(every, values=False)
-        bases = [basis]
-        for fold in range(self.folds):
-            bases.append(eigenbases(gathered.without(fold), values=False)[1])
+        left_out = [None, *range(self.folds)]
+        found = [eigenbases(gathered.without(fold), values=False) for fold in left_out]
+        bases = [basis for _, basis in found]
         sums = EigenvaluesByFold(layers, bases, self.folds)
         lost = self.eigenvalues(context, sums)
         whole, *rest = sums.eigenvalues
-        facts = _facts(lost, moments=every, eigenvalues=whole)
+        moments = gathered.without(None)
+        facts = _facts(lost, moments=moments, eigenvalues=whole)
+        kept = factor_eigenvalues(moments, found[0][0])
         others = [
             Layerwise(basis, other.finish(), other.n_examples)
             for basis, other in zip(bases[1:], rest, strict=True)
         ]
-        inputs = self._inputs(every, values)
-        return Layerwise(bases[0], whole.finish(), whole.n_examples, facts, others, inputs)
+        return Layerwise(bases[0], whole.finish(), whole.n_examples, facts, others, kept)
 
 
 def eigenbases(
@@ -401,12 +406,24 @@ def eigenbases(
     return found, bases
 
 
+def factor_eigenvalues(
+    moments: SecondMoments, values: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(D_A, D_G) of each layer, from the eigenvalues that `eigenbases` found."""
+    return {
+        name: (values[f"A:{layer.input_group}"], values[f"G:{name}"])
+        for name, layer in moments.layers.items()
+    }
+
+
 def _facts(lost: LostTrace, **accumulators: SecondMoments | EigenvalueSums) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for name, accumulator in accumulators.items():
         error = accumulator.relative_error()
         facts[f"{name}_relative_error"] = error if error != float("inf") else None
         facts[f"{name}_examples"] = float(torch.as_tensor(accumulator.n_examples).sum())
+        if isinstance(accumulator, SecondMoments):
+            facts[f"{name}_positions"] = max(accumulator.counts.values(), default=0.0)
     if lost.share is not None:
         facts["lost_trace"] = lost.share
     return facts

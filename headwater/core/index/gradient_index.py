@@ -21,7 +21,7 @@ from headwater.core.fingerprint import fingerprint_model, short
 from headwater.core.fit import Fit
 from headwater.core.index.answers import Answers
 from headwater.core.index.checking import Damage, repair, verify
-from headwater.core.index.encoding import Dtype, Encoding
+from headwater.core.index.encoding import Dtype, encoding_of
 from headwater.core.index.journal import (
     JOURNAL,
     Journal,
@@ -40,6 +40,7 @@ from headwater.core.index.spaces import (
     Space,
     Whitened,
     curvature_is_flat,
+    factors_of,
     kept_share,
     space_of,
 )
@@ -84,6 +85,7 @@ class GradientIndex(Answers, StoredRows):
         *,
         kind: Whitened | LoGra | None = None,
         dtype: Dtype = "int8",
+        factors: int | None = None,
         examples: Any = None,
         sample: int = 200,
         shard_bytes: int = SHARD_BYTES,
@@ -100,6 +102,9 @@ class GradientIndex(Answers, StoredRows):
             folder: Where the index goes.
             kind: What a row is; `Whitened()` when left out.
             dtype: How rows are stored.
+            factors: Store each layer's matrix by so many of its singular pairs; None stores it whole. With one
+                position an example a single pair loses nothing. The leading coordinates of `Whitened` are no
+                matrices; its random mixtures and `LoGra` are.
             examples: The data; the fit's training data when left out.
             sample: Rows whose unprojected scores are computed to tell the error; 0 measures none.
             shard_bytes: Size at which a new shard is begun.
@@ -107,19 +112,21 @@ class GradientIndex(Answers, StoredRows):
 
         Raises:
             ArtifactMismatch: The folder holds an index of something else; the message names what differs.
+            ValueError: The rows that are asked for have no factors.
             OutOfDisk: The rows would not fit.
         """
         folder, asked = Path(folder), kind or Whitened()
         data = fit.train if examples is None else as_examples(examples)
-        spaces = asked.spaces(fit)
+        spaces = asked.spaces(fit) if factors is None else _matrices(asked.spaces(fit))
         known = data.fingerprint()
         with _writing(folder, _made_from(fit, spaces[0]) | {"data": known}) as world:
-            space, facts = _chosen(folder, spaces, fit, data, dtype, sample, progress)
+            space, facts = _chosen(folder, spaces, fit, data, dtype, factors, sample, progress)
             asked_for = Journal(
                 made_from=_made_from(fit, space),
                 space=space.record(),
                 layers=space.widths,
                 dtype=dtype,
+                factors=factors_of(space, factors),
                 n_train=len(fit.train),
                 facts=facts,
             )
@@ -326,6 +333,7 @@ class GradientIndex(Answers, StoredRows):
             "numbers_per_row": self.encoding.dim,
             "layers": len(journal.layers),
             "dtype": journal.dtype,
+            "factors": None if journal.factors is None else journal.factors["rank"],
             "kind": journal.space["kind"],
             "damping": journal.space["damping"],
             "bytes_per_row": self.encoding.bytes_per_row,
@@ -477,6 +485,8 @@ def _same_rows(
     """Refuse rows of other coordinates, model or type."""
     pairs = {k: (v, other.made_from.get(k)) for k, v in journal.made_from.items()}
     pairs["dtype"] = journal.dtype, other.dtype
+    ranks = (None if j.factors is None else j.factors["rank"] for j in (journal, other))
+    pairs["factors"] = next(ranks), next(ranks)
     differ = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
     if differ:
         told = ", ".join(
@@ -552,6 +562,17 @@ def _finished(folder: Path, writer: RowWriter, space: Space) -> Journal:
     return replace(writer.finished(), metric=metric)
 
 
+def _matrices(spaces: Sequence[Space]) -> list[Space]:
+    """Those coordinates that factors can be kept of."""
+    found = [space for space in spaces if space.shapes() is not None]
+    if not found:
+        raise ValueError(
+            "Leading coordinates make no matrices of low rank, so that no factors of them can be kept; build with "
+            "Whitened(sides='random') or LoGra(), or without factors."
+        )
+    return found
+
+
 def _is_flat(fit: Fit) -> bool:
     return isinstance(fit.curvature, Layerwise) and curvature_is_flat(fit.curvature)
 
@@ -571,6 +592,7 @@ def _chosen(
     fit: Fit,
     data: Examples,
     dtype: Dtype,
+    factors: int | None,
     sample: int,
     progress: Progress | None,
 ) -> tuple[Space, dict[str, Any]]:
@@ -584,7 +606,8 @@ def _chosen(
         damping = Damping(**chosen.record()["damping"])
         taken = take_sample(fit, spaces, data, damping, sample, progress)
         if taken is not None:
-            errors = [taken.error(i, Encoding(dtype, s.dim)) for i, s in enumerate(spaces)]
+            ways = [encoding_of(dtype, s.widths, factors_of(s, factors)) for s in spaces]
+            errors = [taken.error(i, way) for i, way in enumerate(ways)]
             best = max(range(len(spaces)), key=lambda i: errors[i]["whole"]["recall_10"])
             chosen, facts = spaces[best], {"error": errors[best]}
             if len(spaces) > 1:

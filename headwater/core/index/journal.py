@@ -20,7 +20,7 @@ from headwater.core.files import (
     write_json,
 )
 from headwater.core.fingerprint import fingerprint_json, portable
-from headwater.core.index.encoding import Dtype, Encoding
+from headwater.core.index.encoding import Dtype, Encoding, encoding_of
 from headwater.core.index.shards import ShardLayout, shard_name
 from headwater.core.index.sound import require_sound
 from headwater.core.manifest import FORMAT, check_format
@@ -151,6 +151,7 @@ class Journal:
         space: What the coordinates are.
         layers: Numbers of each layer in a row.
         dtype: How rows are stored.
+        factors: Rank, and (groups, out, in) of each layer, where rows are stored as low-rank factors.
         n_train: Training examples of the fit, by which scores are divided.
         sources: Data in the index.
         shards: Sealed shards.
@@ -166,6 +167,7 @@ class Journal:
     layers: dict[str, int]
     dtype: Dtype
     n_train: int
+    factors: dict[str, Any] | None = None
     sources: list[Source] = field(default_factory=list)
     shards: list[ShardFacts] = field(default_factory=list)
     pending: Pending | None = None
@@ -179,7 +181,7 @@ class Journal:
     @property
     def encoding(self) -> Encoding:
         """How rows are stored."""
-        return Encoding(self.dtype, sum(self.layers.values()))
+        return encoding_of(self.dtype, self.layers, self.factors)
 
     def layout(self, shard: ShardFacts) -> ShardLayout:
         """Where everything lies in a shard's file."""

@@ -44,7 +44,7 @@ def blocks(
 
     The rows are good until the next block, which comes in the same memory.
     """
-    plain = stored.encoding.dtype == "float32"
+    plain = stored.encoding.in_place
     step = max(16, _BLOCK_BYTES // (4 * stored.encoding.dim))
     if plain:
         step = max(step, _SCORE_ROWS)  # nothing to decode: views will do

@@ -5,7 +5,7 @@ from itertools import chain, pairwise
 from typing import Any, get_args
 
 from headwater.core.damping import Damping
-from headwater.core.index.encoding import Dtype, Encoding
+from headwater.core.index.encoding import Dtype, encoding_of
 
 KINDS = ("whitened", "sketched", "logra")
 
@@ -69,7 +69,12 @@ def require_sound(body: Mapping[str, Any]) -> None:
     numbers = [s["number"] for s in shards]
     _require(len(set(numbers)) == len(numbers), "two shards have one number")
     _require(max(numbers, default=-1) < body["following"], "the next shard's number is taken")
-    row_bytes = Encoding(body["dtype"], sum(body["layers"].values())).bytes_per_row
+    if (factors := body.get("factors")) is not None:
+        _require_shape(factors, {"rank": _SIZE, "shapes": dict}, "factors")
+        for name, shape in factors["shapes"].items():
+            _require_shape(shape, [_COUNT], f"factors of {name!r}")
+            _require(len(shape) == 3, f"factors of {name!r} are no (groups, out, in)")
+    row_bytes = encoding_of(body["dtype"], body["layers"], factors).bytes_per_row
     for shard in shards:
         _require_shard(shard, sources, row_bytes)
     if body["metric"] is not None:

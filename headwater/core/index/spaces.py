@@ -103,6 +103,10 @@ class Space(Projection):
         """Numbers in a row."""
         return sum(self.widths.values())
 
+    def shapes(self) -> dict[str, tuple[int, int, int]] | None:
+        """(groups, out, in) of each layer's numbers where they are matrices projected on both sides, else None."""
+        return None
+
     def capture(self, fit: Fit) -> Capture:
         """The engine over the layers of which something is kept; the fit is checked as it always is."""
         whole = fit.capture()
@@ -405,6 +409,9 @@ class MatrixSpace(Space):
 
     def width(self, layer: Layer) -> int:
         return self.projection.width(layer)
+
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        return {x.name: (x.shape[0], *self.projection.kept(x)) for x in self.layers}
 
     def __call__(self, layer: Layer, block: Block) -> Float[Tensor, "n k"]:
         return self.projection(layer, block)
@@ -780,6 +787,13 @@ def _named(record: Mapping[str, Any], fit: Fit, layers: list[Layer]) -> Space:
     if record["kind"] == SketchedSpace.kind:
         return SketchedSpace(layers, _layerwise(fit, "The index"), facts)
     return logra_space(fit, facts, columns or None)
+
+
+def factors_of(space: Space, rank: int | None) -> dict[str, Any] | None:
+    """What an index says of low-rank factors of its rows; None where they are stored whole."""
+    if rank is None:
+        return None
+    return {"rank": rank, "shapes": {k: list(v) for k, v in (space.shapes() or {}).items()}}
 
 
 def kept_share(space: Space, fit: Fit) -> float | None:

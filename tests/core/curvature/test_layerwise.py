@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from headwater.core.capture import BatchInfo
 from headwater.core.curvature import EKFAC, KFAC, Diagonal, Identity, Layerwise
 from headwater.core.damping import Damping, Inverse
 from headwater.core.examples import TensorExamples
 from headwater.core.gradients import Gradients
+from headwater.core.target import Loss
 from headwater.core.task import Regression
 from tests.curvature_cases import (
     Case,
@@ -219,3 +221,24 @@ def test_bad_options_are_refused(options):
 def test_a_tolerance_without_folds_is_refused():
     with pytest.raises(ValueError, match="folds=5"):
         shared("mlp").fitted(EKFAC(tolerance=0.1, folds=1))
+
+
+@pytest.mark.parametrize("method", [KFAC(fisher="empirical"), EKFAC(fisher="empirical", folds=2)])
+def test_the_factors_behind_the_bases_are_kept_and_saved(method):
+    found = shared("mlp")
+    fitted = found.fitted(method)
+    rows = [fitted.curvature, Layerwise.from_tensors(fitted.curvature.tensors(), {})]
+    capture, layers = fitted.capture(), [layer.name for layer in fitted.followed]
+    seen: dict[str, list] = {name: [] for name in layers}
+    with capture.hooks():
+        data = fitted.train.batch(range(len(fitted.train)))
+        info = BatchInfo(torch.arange(len(fitted.train)))
+        emit = lambda rows: seen[rows.layer.name].extend([rows.a[:, 0], rows.g[:, 0]])  # noqa: E731
+        capture.backward(data, Loss(), info, fitted.train.keys, emit)
+    for curvature in rows:
+        for name in layers:
+            for factor, x in zip(curvature.factors(name), seen[name], strict=True):
+                # products of some twenty rows in float64, and an eigendecomposition taken back
+                torch.testing.assert_close(factor, x.mT @ x / len(x), rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="holds no factors of '0'"):
+        found.fitted(Identity()).curvature.factors("0")

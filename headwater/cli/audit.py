@@ -1,0 +1,307 @@
+"""`headwater audit`: which labels, texts and inputs of the training data are wrong or odd, read off the fit."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from headwater.cli.common import emit_json, progress_bar, run_session, say
+from headwater.cli.flags import RUN, parse, require, to_json
+from headwater.cli.question import check_name, record_answer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headwater.audit import Findings
+    from headwater.core.fit import Fit
+    from headwater.training.trajectory import Trajectory
+
+AUDITS, CHANGES = "audits", "changes.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Audit the training data of a fit: doubtful labels or texts, inputs unlike the others, with what it cost.
+
+    The report is printed and written into the run folder, as a page to open in a browser, as tables (Parquet and CSV,
+    with columns that users of cleanlab know) and as a change set for `headwater verify RUN --audit`.
+
+    Example: headwater audit runs/mine
+
+    Args:
+        run: The run folder of `headwater fit`; or any folder with a fit in its subfolder fit, with --program.
+        program: For models of other kinds: file.py:function, which is run with the folder, and returns (model, data,
+            task), and for verify the held-out data as a fourth.
+        trajectory: Folder of the recorded training run; found beside the model, or in the run folder, when left out.
+        out_of_fold: A .npy or .csv file of class probabilities by models that were not trained on the example.
+        verified: A .csv or .jsonl file with the columns id and is_wrong, of examples drawn at random by --sample.
+        confidence: With --verified: probability that the promise about false claims is kept.
+        false_claims: With --verified: share of the claims that may be false.
+        sample: Draw so many examples for a person to verify, into a .csv file in the run folder.
+        sample_seed: Seed of the draw.
+        issues: Mark so many labels, in place of the number that the probabilities suggest.
+        measures: Names of the measures to take; every one that can be taken when left out.
+        combine: Names of the measures whose ranks are averaged.
+        sections: What else to look at: outliers, memorization (of texts), structure (of the weights).
+        neighbours: Nearest neighbours that are looked at.
+        name: Name of the audit in the run folder.
+        top: Examples of each section that are printed.
+        json: Print the findings as JSON.
+    """
+
+    run: tyro.conf.Positional[Path]
+    program: str | None = None
+    trajectory: Path | None = None
+    out_of_fold: Path | None = None
+    verified: Path | None = None
+    confidence: float = 0.95
+    false_claims: float = 0.1
+    sample: int | None = None
+    sample_seed: int = 0
+    issues: int | None = None
+    measures: tuple[str, ...] = ()
+    combine: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ("outliers", "memorization")
+    neighbours: int = 10
+    name: str = "audit"
+    top: int = 10
+    json: bool = False
+
+    def check(self) -> None:
+        """Refuse what no audit can be made with."""
+        require("--top", self.top, "at least 0", self.top >= 0)
+        require("--confidence", self.confidence, "between 0 and 1", 0 < self.confidence < 1)
+        require("--false-claims", self.false_claims, "between 0 and 1", 0 < self.false_claims < 1)
+        require("--neighbours", self.neighbours, "at least 1", self.neighbours >= 1)
+        require("--sample", self.sample, "at least 1", self.sample is None or self.sample >= 1)
+        require("--issues", self.issues, "0 or more", self.issues is None or self.issues >= 0)
+        check_name(self.name, "audit")
+        if self.program is not None and ":" not in self.program:
+            raise ValueError(f"Expected --program file.py:function; got {self.program!r}.")
+
+
+def run(words: list[str]) -> int:
+    command = parse(Audit, words, prog="audit")
+    findings = audit(command, quiet=command.json)
+    if command.json:
+        emit_json(_as_json(findings))
+        return 0
+    from headwater.report.audit import show_findings
+
+    show_findings(findings, top=command.top)
+    place = command.run / AUDITS / command.name
+    say(f"The page is {place}.html, the tables {place}.parquet and .csv.")
+    if findings.issues:
+        say(
+            f"What to do about it is in {place}.{CHANGES}; edit it, and hold it against retraining:"
+        )
+        say(f"  headwater verify {command.run} --audit {command.name}")
+    return 0
+
+
+def audit(command: Audit, *, quiet: bool = False) -> "Findings":
+    """Audit as the command says, write everything into the run folder, and return the findings."""
+    from headwater.audit import Findings
+    from headwater.core.fingerprint import fingerprint_json
+    from headwater.core.store import Artifact
+    from headwater.report.audit import write_findings
+
+    if not (command.run / "fit").is_dir():
+        raise FileNotFoundError(
+            f"{command.run} holds no fit; make one with `headwater fit … --out {command.run}`, or in Python with "
+            f"headwater.fit(…, folder={str(command.run / 'fit')!r})."
+        )
+    place = command.run / AUDITS / command.name
+    manifest = Artifact.open(command.run / "fit", kind="fit").manifest
+    asked = {k: v for k, v in to_json(command).items() if k not in _AFTER}
+    question = fingerprint_json([asked, manifest["files"], _stamp(command)])
+    finished = place.is_dir()
+    if finished:
+        kept = Findings.load(place)
+        finished = kept.facts.get("question") == question
+    if not finished:
+        kept = _measure(command, quiet=quiet)
+        kept = replace(kept, facts=kept.facts | {"question": question})
+        kept.save(place)
+    elif not quiet:
+        say(f"  measured before; read from {place}")
+    if command.sample is not None:
+        _sheet(command, kept)
+    found = _controlled(command, kept)
+    found.write(place.with_name(f"{command.name}.parquet"))
+    found.write(place.with_name(f"{command.name}.csv"))
+    changes = place.with_name(f"{command.name}.{CHANGES}")
+    found.change_set(name=f"audit {command.name}").save(changes)
+    write_findings(found, place.with_name(f"{command.name}.html"))
+    if (command.run / RUN).is_file():
+        recorded = {k: v for k, v in to_json(command).items() if k not in ("json", "run")}
+        record_answer(command.run, AUDITS, command.name, recorded)
+    return found
+
+
+# Options that do not change what is measured, but what is made of it.
+_AFTER = (
+    "run",
+    "json",
+    "top",
+    "name",
+    "verified",
+    "confidence",
+    "false_claims",
+    "sample",
+    "sample_seed",
+)
+
+
+def _stamp(command: Audit) -> list[Any]:
+    """Name, size and time of the files that an audit reads beside the fit."""
+    program = None if command.program is None else Path(command.program.rpartition(":")[0])
+    found = []
+    for path in (program, command.out_of_fold):
+        if path is not None and path.is_file():
+            found.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
+    return found
+
+
+def opened(command: Audit) -> tuple["Fit", Path | None]:
+    """The fit with its model and data, and where a record of the training run may be."""
+    from headwater.core.fit import load
+
+    if command.program is not None:
+        model, data, task, _ = from_program(command.program, command.run)
+        return load(command.run / "fit", model, data, task), command.run
+    if not (command.run / RUN).is_file():
+        raise FileNotFoundError(
+            f"{command.run} has a fit and no {RUN}, so that its model is not known; name a function that makes model, "
+            "data and task: --program file.py:function."
+        )
+    from headwater.core.task import CausalLM
+
+    session, record = run_session(command.run)
+    fit = load(command.run / "fit", session.language.model, session.train, CausalLM())
+    return fit, Path(record["fit"]["model"])
+
+
+def from_program(spec: str, run: Path) -> tuple[Any, Any, Any, Any]:
+    """Model, data, task and held-out data (or None) from a function of the user's own file, which is run."""
+    import runpy
+
+    name, _, function = spec.rpartition(":")
+    if not Path(name).is_file():
+        raise FileNotFoundError(
+            f"There is no file {name} to run; expected --program file.py:function."
+        )
+    made = runpy.run_path(name).get(function)
+    if not callable(made):
+        raise ValueError(
+            f"{name} has no function {function!r}; expected --program file.py:function."
+        )
+    found = made(run)
+    if not isinstance(found, tuple) or len(found) not in (3, 4):
+        raise ValueError(
+            f"{function} of {name} must return (model, data, task), or these and held-out data; got "
+            f"{type(found).__name__}."
+        )
+    return (*found, None)[:4]  # type: ignore[return-value]
+
+
+def _trajectories(command: Audit, beside: Path | None) -> list["Trajectory"]:
+    from headwater.training.trajectory import FILE, Trajectory
+
+    place = command.trajectory or beside
+    if place is None or not (command.trajectory or (place / FILE).is_file()):
+        return []
+    return [Trajectory.load(place)]
+
+
+def _probabilities(path: Path | None) -> "Tensor | None":
+    """A table of probabilities, one row for each training example in order."""
+    if path is None:
+        return None
+    import numpy
+    import torch
+
+    try:
+        if path.suffix == ".npy":
+            table = numpy.load(path, allow_pickle=False)
+        else:
+            table = numpy.loadtxt(path, delimiter=",", ndmin=2)
+        return torch.from_numpy(numpy.asarray(table, dtype=numpy.float64))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no table of probabilities ({error}); expected a .npy array, or a .csv file of numbers without "
+            "a heading, with a row for each training example and a column for each class."
+        ) from error
+
+
+def _measure(command: Audit, *, quiet: bool) -> "Findings":
+    from headwater.audit import Mislabels
+    from headwater.audit.report import audit
+
+    labels = Mislabels(
+        measures=command.measures,
+        combine=command.combine,
+        n_issues=command.issues,
+        neighbours=command.neighbours,
+    )
+    fit, beside = opened(command)
+    with progress_bar(quiet=quiet) as progress:
+        return audit(
+            fit,
+            labels=labels,
+            trajectories=_trajectories(command, beside),
+            probabilities=_probabilities(command.out_of_fold),
+            sections=command.sections,
+            progress=progress,
+        )
+
+
+def _controlled(command: Audit, findings: "Findings") -> "Findings":
+    if command.verified is None:
+        return findings
+    from headwater.audit.control import Verified, controlled
+
+    return controlled(
+        findings,
+        Verified.read(command.verified),
+        confidence_level=command.confidence,
+        false_claims=command.false_claims,
+    )
+
+
+def _sheet(command: Audit, findings: "Findings") -> None:
+    """Write the examples that a person is to verify."""
+    from headwater.audit.control import write_sheet
+    from headwater.audit.report import read
+
+    assert command.sample is not None
+    texts: list[str] = []
+    if "given_label" not in findings.columns:
+        fit, _ = opened(command)
+        texts = [read(fit.train, i) or "" for i in range(len(findings))]
+    path = command.run / AUDITS / f"{command.name}.to-verify.csv"
+    if path.exists():
+        raise ValueError(
+            f"{path} exists and may have been filled in; move it away before another sample is drawn."
+        )
+    write_sheet(findings, path, command.sample, seed=command.sample_seed, texts=texts)
+    say(
+        f"Fill in the column is_wrong of {path}, then: headwater audit {command.run} --verified {path}"
+    )
+
+
+def _as_json(findings: "Findings") -> dict[str, Any]:
+    """The findings, with numbers that JSON knows."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+    columns = {name: [plain(v) for v in column] for name, column in findings.table().items()}
+    return {
+        "columns": columns,
+        "sections": [asdict(s) | {"passes": str(s.passes)} for s in findings.sections],
+        "issues": [findings.ids[i] for i in findings.issues],
+        "passes": str(findings.passes),
+        "facts": findings.facts,
+    }

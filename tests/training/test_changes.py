@@ -1,0 +1,114 @@
+"""Changes of labels, and change sets, held against retraining where its outcome is known."""
+
+import pytest
+import torch
+from torch import nn
+
+from headwater.core.scores import Scores
+from headwater.training.changes import ChangeSet
+from headwater.training.optimizers import SGD
+from headwater.training.retraining import Change, StackedRetrain, retrain_all
+from headwater.training.verify import verify
+
+N, Q = 10, 2
+IDS = [f"e{i}" for i in range(N)]
+
+
+def effects(seed: int, n: int = N) -> torch.Tensor:
+    return torch.randn(Q, n, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def scores(values: torch.Tensor, ids: list[str]) -> Scores:
+    return Scores(values=values, query_ids=[f"q{i}" for i in range(Q)], train_ids=ids)
+
+
+class Additive:
+    """A training whose outcome is linear in the examples: `old` each under its label, `new` under another."""
+
+    def __init__(self, labels: dict[int, int] | None = None):
+        self.labels = labels or {}
+
+    def with_labels(self, labels):
+        return Additive(labels)
+
+    def __call__(self, weights, seed):
+        values = effects(0).clone()
+        for number, label in self.labels.items():
+            values[:, number] = label * effects(1)[:, number]
+        return values @ weights.double()
+
+
+def test_removing_and_relabelling_are_predicted_exactly_where_outcomes_are_linear():
+    changes = ChangeSet(remove=("e1",), relabel={"e4": 2, "e7": 3})
+    planned = changes.planned(IDS)
+    new = scores(effects(1)[:, [4, 7]] * torch.tensor([2.0, 3.0]).double(), ["e4", "e7"])
+    found = verify(Additive(), scores(effects(0), IDS), planned, relabelled=new)
+    assert len(found.outcomes) == 3 * Q
+    for outcome in found.outcomes:
+        # the scores are kept as float32
+        assert outcome.actual == pytest.approx(outcome.predicted, abs=1e-6)
+        assert outcome.n_changed == 3
+
+
+def test_a_plan_is_the_changes_the_same_left_out_and_a_control_of_others():
+    first, without, control = ChangeSet(name="c", remove=("e1",), relabel={"e4": 2}).planned(IDS)
+    assert first.weights == {1: 0.0} and first.labels == {4: 2}
+    assert first.name == "without 1, 1 relabelled (c)"
+    assert without.weights == {1: 0.0, 4: 0.0} and not without.labels
+    assert control.control and len(control.weights) == 2 and not {1, 4} & set(control.weights)
+    assert ChangeSet(remove=("e1", "e4")).planned(IDS, seed=1)[1] != control
+    assert len(ChangeSet(remove=("e1",)).planned(IDS)) == 2
+
+
+def test_what_cannot_be_planned_is_refused_by_name():
+    with pytest.raises(ValueError, match="such as 'nobody'"):
+        ChangeSet(remove=("nobody",)).planned(IDS)
+    with pytest.raises(ValueError, match="changes nothing"):
+        ChangeSet(keep=("e1",)).planned(IDS)
+    with pytest.raises(ValueError, match="too few to choose as many at random"):
+        ChangeSet(remove=tuple(IDS[:6])).planned(IDS)
+    with pytest.raises(ValueError, match="'e1' is named twice"):
+        ChangeSet(remove=("e1",), keep=("e1",))
+
+
+def test_relabelling_needs_scores_under_the_new_labels_and_a_training_that_can():
+    planned = ChangeSet(relabel={"e4": 2}).planned(IDS)
+    with pytest.raises(ValueError, match="pass their scores under these labels"):
+        verify(Additive(), scores(effects(0), IDS), planned)
+    new = scores(effects(1)[:, [4]], ["e4"])
+    with pytest.raises(ValueError, match=r"give it a method with_labels\(labels\)"):
+        verify(
+            lambda weights, seed: torch.zeros(Q),
+            scores(effects(0), IDS),
+            planned,
+            relabelled=new,
+        )
+
+
+def test_models_trained_side_by_side_take_new_labels(tmp_path):
+    x = torch.randn(N, 3, generator=torch.Generator().manual_seed(2))
+    y = torch.arange(N) % 2
+
+    def retrain(labels):
+        return StackedRetrain(
+            make_model=lambda seed: nn.Linear(3, 2),
+            train_data=(x, labels),
+            query_data=(x[:Q], y[:Q]),
+            optimizer=SGD(lr=0.1, epochs=2, batch_size=5),
+        )
+
+    torch.manual_seed(0)
+    make = retrain(y).make_model
+    start = make(0)
+    for one in (again := retrain(y)), (other := retrain(torch.where(torch.arange(N) == 4, 1, y))):
+        object.__setattr__(one, "make_model", lambda seed: start)
+    runs = [
+        (Change(name="as it was", weights={}), 0),
+        (Change(name="new", weights={}, labels={4: 1}), 0),
+    ]
+    found = retrain_all(again, runs, n_train=N, queries=["a", "b"], cache=tmp_path)
+    torch.testing.assert_close(found[1], other(torch.ones(N), 0).double())
+    assert not torch.allclose(found[0], found[1])
+    # what was kept is told apart by its labels
+    kept = retrain_all(again, runs[::-1], n_train=N, queries=["a", "b"], cache=tmp_path)
+    torch.testing.assert_close(kept.flip(0), found)
