@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "index": "make the training data's rows once, so that questions take milliseconds",
     "trace": "which training examples raised or lowered a completion",
     "timeline": "when in a fine-tuning a completion was learnt, and from which examples",
+    "adapt": "quantize a model to a few bits, with the statistics of its fit",
     "audit": "doubtful labels, odd inputs: what is wrong with the training data",
     "verify": "retrain without the named examples: predicted beside actual",
     "calibrate": "how sure one may be: hedged probabilities, claims with a bound on false ones",
@@ -45,6 +46,7 @@ examples:
   headwater fit path/to/model data.jsonl --out runs/mine --heldout other.jsonl
   headwater trace runs/mine --prompt "The river rises in" --source topic
   headwater timeline runs/mine --prompt "The river rises in"
+  headwater adapt quip runs/mine --bits 3 --out runs/small
   headwater audit runs/mine
   headwater verify runs/mine
 
@@ -80,5 +82,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int:
         return import_module(f"headwater.cli.{words[0]}").run(words[1:])
 
-    name = " ".join(words[: 1 + (words[0] == "index")])
+    name = " ".join(words[: 1 + (words[0] in ("adapt", "index"))])
     return guarded(lambda: one_voice(run, name, shared=name in TOGETHER))

@@ -198,6 +198,7 @@ def open_session(inputs: Inputs, *, heldout: Path | None = None) -> Session:
     """Load the model and tokenize the data, saying what was done to long examples."""
     import torch
 
+    from headwater.core.quantized import quantized_layers
     from headwater.models.language import load_language_model
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -208,7 +209,9 @@ def open_session(inputs: Inputs, *, heldout: Path | None = None) -> Session:
     held = None if heldout is None else read_examples(heldout, columns, language, train=train)
     named = [n for n, _ in language.model.named_parameters()]
     adapters = any("lora_" in n for n in named)
-    layers: str | list[str] = list(inputs.follow.layers) or (["*lora_*"] if adapters else "all")
+    # quantized weights are no parameters, and are followed when they are named
+    every = ["*"] if quantized_layers(language.model) else "all"
+    layers: str | list[str] = list(inputs.follow.layers) or (["*lora_*"] if adapters else every)
     return Session(
         language=language,
         train=train,

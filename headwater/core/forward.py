@@ -1,12 +1,12 @@
 """What a model says of a dataset without any gradient: one number, or one vector, an example."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor, nn
 
 from headwater.core.capture import BatchPlan, Progress, evaluation_mode, first_tensor
@@ -14,6 +14,7 @@ from headwater.core.examples import Examples, to_device
 from headwater.core.layers import module_kind
 from headwater.core.prediction import Categorical
 from headwater.core.task import Task
+from headwater.numerics import kronecker
 
 Pool = Literal["mean", "last"]
 
@@ -226,3 +227,95 @@ def last_layer(model: nn.Module, task: Task, examples: Examples) -> LastLayer:
         f"Expected a model whose logits are what a linear layer returns; the last module to run is {name!r} "
         f"({type(module).__name__}), and its outputs are not the logits."
     )
+
+
+class _Enough(Exception):
+    """All that was asked for has been read."""
+
+
+class InputMoments:
+    """Sums of outer products of what some linear modules read; modules that read the same tensor share one.
+
+    Args:
+        model: The model, whose modules may be replaced from one batch to the next.
+        modules: Their names.
+    """
+
+    def __init__(self, model: nn.Module, modules: Sequence[str]):
+        self.model, self.modules = model, list(modules)
+        self.sums: dict[str, Tensor] = {}
+        self.counts = dict.fromkeys(self.modules, 0)
+        self._read: dict[str, Tensor] = {}
+        self._leader: dict[str, str] = {}
+
+    @contextmanager
+    def listening(self, *, stop: bool = False) -> Iterator[None]:
+        """What modules read is remembered inside; with `stop` the forward pass ends once all have."""
+        with ExitStack() as stack:
+            for name in self.modules:
+
+                def hook(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+                    self._read[name] = first_tensor(args, kwargs)
+                    if stop and len(self._read) == len(self.modules):
+                        raise _Enough
+
+                module = self.model.get_submodule(name)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def add(self, mask: Bool[Tensor, "batch pos"] | None) -> None:
+        """Add what was read in a batch, at its real positions."""
+        if missing := [name for name in self.modules if name not in self._read]:
+            raise ValueError(f"Module {missing[0]!r} did not run; leave it out.")
+        if not self._leader:
+            first = {id(self._read[name]): name for name in reversed(self.modules)}
+            self._leader = {name: first[id(self._read[name])] for name in self.modules}
+        for name in dict.fromkeys(self._leader.values()):
+            x = self._read[name]
+            x = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x
+            x = x.reshape(-1, x.shape[-1])
+            moment = kronecker.second_moment(x.to(kronecker.sum_dtype(x))).double()
+            self.sums[name] = self.sums[name].add_(moment) if name in self.sums else moment
+            self.counts[name] += len(x)
+        self._read.clear()
+
+    def finish(self) -> dict[str, Float64[Tensor, "in in"]]:
+        """Means over positions, by module."""
+        means = {name: total / max(self.counts[name], 1) for name, total in self.sums.items()}
+        return {name: means[leader] for name, leader in self._leader.items()}
+
+
+def input_moments(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    modules: Sequence[str],
+    *,
+    batches: Sequence[BatchPlan],
+    progress: Progress | None = None,
+) -> dict[str, Float64[Tensor, "in in"]]:
+    """Mean outer products of what linear modules read, over the real positions of all examples: one forward pass.
+
+    It is the activation covariance A that K-FAC has too, without the one of a bias. The pass ends where the last of
+    the modules has been reached.
+
+    Args:
+        model: The model.
+        task: Its task.
+        examples: The data.
+        modules: Names of the modules.
+        batches: How they are batched.
+        progress: Called with (done, total, note).
+    """
+    moments, device = InputMoments(model, modules), next(model.parameters()).device
+    with evaluation_mode(model), torch.no_grad(), moments.listening(stop=True):
+        for done, plan in enumerate(batches, start=1):
+            batch = to_device(examples.batch(plan.indices), device)
+            with suppress(_Enough):
+                task.predict(model, batch)
+            mask = task.masks(batch).get("")
+            moments.add(None if mask is None or bool(mask.all()) else mask)
+            if progress is not None:
+                progress(done, len(batches), "inputs")
+    return moments.finish()

@@ -6,6 +6,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 PAPERS: dict[str, str] = {
+    "arXiv:2307.13304": """@inproceedings{chee2023quip,
+  title={{QuIP}: 2-Bit Quantization of Large Language Models with Guarantees},
+  author={Chee, Jerry and Cai, Yaohui and Kuleshov, Volodymyr and De Sa, Christopher},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2023}
+}""",
     "arXiv:2308.03296": """@article{grosse2023studying,
   title={Studying Large Language Model Generalization with Influence Functions},
   author={Grosse, Roger and Bae, Juhan and Anil, Cem and others},

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,10 +22,12 @@ import torch
 from torch import nn
 
 from headwater.core.files import read_json, write_json
+from headwater.core.quantized import load_quantized, save_quantized
 from headwater.extras import require
 
 DType = Literal["auto", "float32", "bfloat16"]
 ORIGIN = "headwater.json"  # in a converted folder: what it was made from
+QUANTIZED = "quantized"  # in a model folder: its weights, those of some layers in a few bits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,8 +61,8 @@ def load_language_model(
     """Load a language model from a local folder or a GGUF file.
 
     Args:
-        path: A model folder with safetensors, a GGUF file or a folder that holds one, or the folder
-            of a peft adapter.
+        path: A model folder with safetensors, a GGUF file or a folder that holds one, the folder of a
+            peft adapter, or a model quantized by `headwater adapt`.
         dtype: Numbers to compute in; "auto" takes those of the file (float32 instead of float16,
             which a CPU computes badly in).
         adapter: Folder of a peft adapter to put on the model.
@@ -329,10 +331,12 @@ def _load_model(folder: Path, dtype: DType) -> Any:
             f"{folder} has no config.json, so it is no model folder; pass the folder that holds "
             "config.json and *.safetensors, or a .gguf file."
         )
-    _require_safetensors(folder)
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"Expected dtype 'auto', 'float32' or 'bfloat16'; got {dtype!r}.")
     transformers = require("transformers", extra="language")
+    if (folder / QUANTIZED).is_dir():
+        return _load_quantized(folder, dtype)
+    _require_safetensors(folder)
     with _understood(folder), quiet():
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -350,6 +354,47 @@ def _load_model(folder: Path, dtype: DType) -> Any:
     if dtype == "auto" and model.dtype == torch.float16:
         model = model.float()
     return model
+
+
+def _load_quantized(folder: Path, dtype: DType) -> Any:
+    transformers = require("transformers", extra="language")
+    with _understood(folder), quiet():
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        with torch.random.fork_rng(devices=[]):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        load_quantized(model, folder / QUANTIZED)
+    if dtype != "auto":
+        for p in model.parameters():  # scales keep their precision
+            p.data = p.data.to(getattr(torch, dtype))
+    return model
+
+
+def save_quantized_language(
+    language: LanguageModel,
+    model: nn.Module,
+    out: str | Path,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    made_from: Mapping[str, str] | None = None,
+    table: Mapping[str, list] | None = None,
+) -> None:
+    """Write a quantized language model as a folder that `load_language_model` reads.
+
+    Args:
+        language: The model it was made of.
+        model: The quantized model.
+        out: The folder.
+        facts: What is to be known of it.
+        made_from: Fingerprints of what it was made from.
+        table: A row for each quantized layer.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(out)  # type: ignore[union-attr, operator]
+    language.tokenizer.save_pretrained(out)
+    save_quantized(model, out / QUANTIZED, facts=facts, made_from=made_from, table=table)
 
 
 def _load_adapter(model: Any, folder: Path) -> Any:

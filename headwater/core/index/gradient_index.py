@@ -485,8 +485,7 @@ def _same_rows(
     """Refuse rows of other coordinates, model or type."""
     pairs = {k: (v, other.made_from.get(k)) for k, v in journal.made_from.items()}
     pairs["dtype"] = journal.dtype, other.dtype
-    ranks = (None if j.factors is None else j.factors["rank"] for j in (journal, other))
-    pairs["factors"] = next(ranks), next(ranks)
+    pairs["factors"] = _factors_of(journal), _factors_of(other)
     differ = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
     if differ:
         told = ", ".join(
@@ -496,6 +495,10 @@ def _same_rows(
             f"The index in {folder} and {name or f'that in {other_folder}'} differ in {told}; build one again with the "
             "options of the other, or choose another folder."
         )
+
+
+def _factors_of(journal: Journal) -> str:
+    return "none" if journal.factors is None else str(journal.factors["rank"])
 
 
 def _warn_of_width(space: Space, n: int) -> None:
