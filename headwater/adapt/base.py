@@ -357,7 +357,7 @@ class _FromFit:
                 "The factors of approximation='reduce' are of sums over positions; fit with 'expand', or pass "
                 "calibration examples."
             )
-        A, _ = self.fit.curvature.factors(layer.name)
+        A = self.fit.curvature.activation_covariance(layer.name)
         return A[:-1, :-1] if layer.has_bias else A
 
     def run(self, kept: _Kept) -> Iterator[dict[str, Any]]:

@@ -71,11 +71,11 @@ def test_the_fit_holds_the_second_moments_without_the_bias(curvature, padded, tm
     again = headwater.load(tmp_path / "fit", model, examples, CausalLM())
     for name in ("blocks.0.attention.key", "blocks.1.up", "blocks.1.down"):
         layer = next(x.name for x in fit.followed if name in [u.module for u in x.uses])
-        A, _ = fit.curvature.factors(layer)
+        A = fit.curvature.activation_covariance(layer)
         expected = inputs_of(model, name, examples)
         torch.testing.assert_close(A[:-1, :-1], expected, rtol=1e-8, atol=1e-8)
         assert float(A[-1, -1]) == pytest.approx(1.0)  # what the bias reads
-    torch.testing.assert_close(again.curvature.factors(name)[0], A)
+    torch.testing.assert_close(again.curvature.activation_covariance(name), A)
 
 
 @pytest.mark.parametrize("padded", [False, True])
