@@ -82,5 +82,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int:
         return import_module(f"headwater.cli.{words[0]}").run(words[1:])
 
-    name = " ".join(words[: 1 + (words[0] in ("adapt", "index"))])
+    name = " ".join(words[: 1 + (words[0] in ("adapt", "calibrate", "forget", "index"))])
     return guarded(lambda: one_voice(run, name, shared=name in TOGETHER))
