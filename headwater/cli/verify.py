@@ -1,7 +1,7 @@
 """`headwater verify`: repeat the fine-tuning without the named examples, and see whether the scores were right."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,12 @@ from headwater.cli.flags import RUN, parse, require, restore
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from headwater.cli.finetune import Finetune
     from headwater.cli.trace import Trace
+    from headwater.core.capture import Progress
+    from headwater.data.tokens import TextExamples
+    from headwater.models.language import LanguageModel
+    from headwater.training.retraining import Retrain
     from headwater.training.verify import Verification
 
 
@@ -177,7 +182,6 @@ def _verify(
     from headwater.core.task import CausalLM
     from headwater.models.language import load_language_model
     from headwater.trace.influence import Influence
-    from headwater.training.finetune import finetune
     from headwater.training.verify import changes, verify
 
     session, _ = run_session(command.run)
@@ -204,31 +208,8 @@ def _verify(
         values = _measured(model, queries, measurement)
         return values if weights is None else weights.to(values) @ values
 
-    measured_runs: list[Path] = []
-
-    def retrain(new: "Tensor", seed: int) -> "Tensor":
-        clear(measured_runs)  # by now their measurements are kept
-        changed = {examples.ids[i]: float(new[i]) for i in (new != 1).nonzero()[:, 0].tolist()}
-        out = folder / "runs" / fingerprint_json([changed, seed])[:16]
-        done = finetune(
-            base,
-            examples,
-            out=out,
-            lora_rank=again.lora_rank,
-            layers_from=again.layers_from,
-            epochs=again.epochs,
-            lr=again.lr,
-            weight_decay=again.weight_decay,
-            batch_tokens=again.batch_tokens,
-            seed=seed,
-            weights=changed,
-            checkpoints=0,
-            progress=bar,
-        )
-        measured_runs.append(out)
-        return measured(done.language.model)
-
     with progress_bar(quiet=quiet) as bar:
+        retrain = fine_tuner(again, base, examples, folder, measured, bar)
         scores = method.attribute(
             fitted,
             queries,
@@ -256,6 +237,54 @@ def _verify(
     clear((folder / "runs").glob("*"))  # and what verifications left that were given up
     asked = {queries.ids[q] for q in chosen or range(n)}
     return replace(found, outcomes=tuple(o for o in found.outcomes if o.query_id in asked))
+
+
+def fine_tuner(
+    again: "Finetune",
+    base: "LanguageModel",
+    examples: "TextExamples",
+    folder: Path,
+    measure: "Callable[[nn.Module], Tensor]",
+    progress: "Progress | None" = None,
+) -> "Retrain":
+    """What repeats a fine-tuning with other weights of the examples and measures the model; runs are cleared away.
+
+    Args:
+        again: The fine-tuning.
+        base: The model that it began with.
+        examples: What it was fine-tuned on.
+        folder: Where the runs lie meanwhile.
+        measure: What is measured of a model.
+        progress: Called with (done, total, note).
+    """
+    from headwater.core.fingerprint import fingerprint_json
+    from headwater.training.finetune import finetune
+
+    made: list[Path] = []
+
+    def retrain(new: "Tensor", seed: int) -> "Tensor":
+        clear(made)  # by now their measurements are kept
+        changed = {examples.ids[i]: float(new[i]) for i in (new != 1).nonzero()[:, 0].tolist()}
+        out = folder / "runs" / fingerprint_json([changed, seed])[:16]
+        done = finetune(
+            base,
+            examples,
+            out=out,
+            lora_rank=again.lora_rank,
+            layers_from=again.layers_from,
+            epochs=again.epochs,
+            lr=again.lr,
+            weight_decay=again.weight_decay,
+            batch_tokens=again.batch_tokens,
+            seed=seed,
+            weights=changed,
+            checkpoints=0,
+            progress=progress,
+        )
+        made.append(out)
+        return measure(done.language.model)
+
+    return retrain
 
 
 def clear(runs: Iterable[Path]) -> None:

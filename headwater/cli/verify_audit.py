@@ -128,12 +128,10 @@ def _of_finetuning(command: "Verify", *, quiet: bool) -> tuple["Fit", "Examples"
     from headwater.cli.common import read_examples, require_trained_on
     from headwater.cli.finetune import Finetune
     from headwater.cli.flags import DataFlags, restore
-    from headwater.cli.verify import clear
-    from headwater.core.fingerprint import fingerprint_json
+    from headwater.cli.verify import fine_tuner
     from headwater.core.fit import load
     from headwater.core.task import CausalLM
     from headwater.models.language import load_language_model
-    from headwater.training.finetune import finetune
 
     session, record = run_session(command.run)
     if session.heldout is None:
@@ -150,27 +148,5 @@ def _of_finetuning(command: "Verify", *, quiet: bool) -> tuple["Fit", "Examples"
     require_trained_on(session, tuning, examples.fingerprint())
     fit = load(command.run / "fit", session.language.model, session.train, CausalLM())
     measure = _loss_of(session.heldout, fit.task, fit.batches(session.heldout))
-    folder, made = command.run / "verify" / AUDITS, []
-
-    def retrain(new: "Tensor", seed: int) -> "Tensor":
-        clear(made)  # by now their measurements are kept
-        changed = {examples.ids[i]: float(new[i]) for i in (new != 1).nonzero()[:, 0].tolist()}
-        out = folder / "runs" / fingerprint_json([changed, seed])[:16]
-        done = finetune(
-            base,
-            examples,
-            out=out,
-            lora_rank=again.lora_rank,
-            layers_from=again.layers_from,
-            epochs=again.epochs,
-            lr=again.lr,
-            weight_decay=again.weight_decay,
-            batch_tokens=again.batch_tokens,
-            seed=seed,
-            weights=changed,
-            checkpoints=0,
-        )
-        made.append(out)
-        return measure(done.language.model)
-
+    retrain = fine_tuner(again, base, examples, command.run / "verify" / AUDITS, measure)
     return fit, session.heldout, retrain, again.seed
