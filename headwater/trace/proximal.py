@@ -15,7 +15,7 @@ $-\frac1N (C + \rho I)^{-1} \nabla\ell_n$.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,8 +28,8 @@ from headwater.core.examples import Examples, as_examples, to_device
 from headwater.core.fit import Fit
 from headwater.core.function_space import Distance, FunctionSpaceDistance, StoredDistance
 from headwater.core.scores import Scores
-from headwater.core.task import Measurement, measurement_function, measurement_name
-from headwater.trace.base import Attributor, asked
+from headwater.core.task import Measurement, measurement_function
+from headwater.trace.base import Attributor, asked, to_scores
 from headwater.trace.influence import Influence
 
 Parameters = dict[str, Tensor]
@@ -64,6 +64,8 @@ class Proximal(Attributor):
         *,
         distance: Distance | None = None,
         measurement: Measurement | None = None,
+        weights: Float[Tensor, "group query"] | None = None,
+        names: Sequence[str] | None = None,
         among: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Scores:
@@ -75,6 +77,8 @@ class Proximal(Attributor):
             distance: What holds the outputs; the exact one over the training data when left out, which takes a pass
                 over them for each evaluation.
             measurement: What is asked; the task's own when left out.
+            weights: Linear combinations of queries to ask about (group, query).
+            names: Names of those groups.
             among: Numbers of the training examples to respond to; all when left out.
             progress: Called with (done, total, note).
         """
@@ -91,28 +95,29 @@ class Proximal(Attributor):
             if progress is not None:
                 progress(column + 1, len(chosen), "responses")
         some = fit.train.subset(chosen)
+        if weights is not None:
+            values = weights.to(values) @ values
         damping = fit.damping(self.damping)
-        facts = {
-            "method": type(self).__name__,
-            "papers": [self.paper, *([FunctionSpaceDistance.paper] if _free(distance) else [])],
-            "unit": "nats",
-            "made_from": fit.made_from,
-            "options": {k: v for k, v in vars(self).items() if k != "damping"},
-            "damping": vars(damping),
-            "damping_ratio": fit.damping_ratio(damping),
-            "distance": type(distance).__name__,
-            "largest_residual": max(residuals),
-        }
-        return Scores(
-            values=values.float(),
-            query_ids=examples.ids,
-            train_ids=some.ids,
-            measurement=measurement_name(question),
-            metadata=some.metadata,
-            kept=None if among is None else chosen,
-            n_train=len(fit.train),
-            facts=facts,
+        scores = to_scores(
+            self,
+            replace(fit, train=some),
+            examples,
+            values,
+            measurement=measurement,
+            weights=weights,
+            names=names,
+            unit="nats",
+            facts={
+                "papers": [self.paper, *([FunctionSpaceDistance.paper] if _free(distance) else [])],
+                "n_train": len(fit.train),
+                "damping": vars(damping),
+                "damping_ratio": fit.damping_ratio(damping),
+                "distance": type(distance).__name__,
+                "largest_residual": max(residuals),
+            },
         )
+        kept = None if among is None else chosen
+        return replace(scores, kept=kept, n_train=len(fit.train))
 
     def self_influence(
         self,

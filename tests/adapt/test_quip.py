@@ -256,7 +256,9 @@ def test_fits_without_the_statistics_are_refused_with_what_to_do():
         QuIP().adapt(small, fit)
     model, examples, task = gpt(), texts(), CausalLM()
     fit = headwater.fit(model, examples, task, curvature="identity", layers="all")
-    with pytest.raises(ValueError, match=r"holds no activation covariance of 'blocks.0.attention.query'.*ekfac"):
+    with pytest.raises(
+        ValueError, match=r"holds no activation covariance of 'blocks.0.attention.query'.*ekfac"
+    ):
         QuIP().adapt(model, fit)
     fit = headwater.fit(model, examples, task, curvature=KFAC(approximation="reduce"), layers="all")
     with pytest.raises(ValueError, match="factors of approximation='reduce'"):

@@ -81,5 +81,5 @@ def test_says_its_unit_and_leaves_the_model_as_it_was(method, name):
     for key, value in fit.model.state_dict().items():
         assert torch.equal(value, before[key])
     assert scores.unit in ("nats", "") and scores.facts["made_from"] == fit.made_from
-    in_nats = ("Influence", "Newton", "Explicit", "LiSSA", "Arnoldi", "DataInf")
+    in_nats = ("Influence", "Newton", "Explicit", "LiSSA", "Arnoldi", "DataInf", "Proximal")
     assert (scores.unit == "nats") == (method.__name__ in in_nats)
