@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup demo test slow check format bench docs pin clean distclean
+.PHONY: help setup demo test fast slow check format bench docs pin clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,13 +62,16 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 demo: setup  ## trace sentences of a fine-tuned language model to their sources
 	@$(PY) examples/demo.py
 
-test: setup  ## the fast tests
+test: setup  ## all tests but the statistical ones
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(WORKERS)
+
+fast: setup  ## the same without kills, several processes and whole commands
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not thorough" -n $(WORKERS)
 
 slow: setup  ## the statistical and training tests
 	@$(PY) -m pytest -m slow
 
-check: setup  ## format, lint, types, imports and the fast tests
+check: setup  ## format, lint, types, imports and the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright

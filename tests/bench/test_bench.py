@@ -34,6 +34,8 @@ from headwater.trace import Ensemble, GradientDot, Influence, Random, Source, Tr
 from headwater.training.loop import outputs, stack
 from headwater.training.optimizers import SGD, AdamW
 
+pytestmark = pytest.mark.thorough
+
 N, Q, K = 60, 12, 24
 
 

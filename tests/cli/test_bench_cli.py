@@ -6,6 +6,8 @@ import pytest
 
 from headwater.cli import main
 
+pytestmark = pytest.mark.thorough
+
 SMALL = ["--subsets", "20", "--repeats", "1", "--seeds", "1", "--threads", "1"]
 
 

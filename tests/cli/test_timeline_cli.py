@@ -21,6 +21,8 @@ from headwater.training.run import Run
 from headwater.training.trajectory import Trajectory
 from tests.language_cases import WORDS, saved
 
+pytestmark = pytest.mark.thorough
+
 ASKED = [
     "--prompt",
     "the river",

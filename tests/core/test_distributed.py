@@ -11,6 +11,8 @@ from headwater.core.capture import BatchPlan, units_of
 from headwater.core.distributed import World, current, spread_out, started
 from tests import ranks
 
+pytestmark = pytest.mark.thorough
+
 
 def differing(folder: Path, job: str, size: int, expected: dict) -> list[str]:
     """Names of numbers that are not the same bits on some rank."""

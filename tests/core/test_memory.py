@@ -19,6 +19,8 @@ from headwater.core.target import Loss
 from headwater.trace import Influence
 from tests.cases import TASK
 
+pytestmark = pytest.mark.thorough
+
 LIMIT = 5  # examples that memory suffices for
 
 

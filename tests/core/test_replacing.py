@@ -12,6 +12,8 @@ from headwater.core.locks import LockFile
 from headwater.core.store import Artifact, ArtifactWriter
 from tests.store_cases import value_of, write
 
+pytestmark = pytest.mark.thorough
+
 
 def test_what_others_put_in_a_folder_is_never_overwritten(tmp_path):
     write(tmp_path / "a")

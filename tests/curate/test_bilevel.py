@@ -22,6 +22,8 @@ from headwater.numerics.implicit_bias import (
     project_onto_example,
 )
 
+pytestmark = pytest.mark.thorough
+
 N, DIM = 30, 6
 
 

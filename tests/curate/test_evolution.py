@@ -12,6 +12,8 @@ from headwater.curate.bilevel import Unrolled
 from headwater.curate.evolution import PES, ESSingle, FullES, TruncatedES
 from headwater.numerics.evolution import persistent_variance, single_noise_variance
 
+pytestmark = pytest.mark.thorough
+
 DIM, META, T = 4, 3, 12
 
 

@@ -25,6 +25,8 @@ from headwater.training.loop import (
     train,
 )
 
+pytestmark = pytest.mark.thorough
+
 RECIPE = SGD(lr=0.1, weight_decay=1e-2, batch_size=4, epochs=2)
 
 

@@ -24,6 +24,8 @@ from headwater.training.run import Run
 from headwater.training.trajectory import Trajectory
 from tests.language_cases import WORDS, gpt2, llama, saved, tokenizer
 
+pytestmark = pytest.mark.thorough
+
 OPTIONS = {"epochs": 2, "batch_tokens": 24, "lr": 1e-2, "lora_rank": 2, "warmup": 1}
 
 

@@ -23,6 +23,8 @@ from headwater.training.retraining import (
 )
 from headwater.training.verify import changes, verify
 
+pytestmark = pytest.mark.thorough
+
 N, Q = 30, 4
 RULE = SGD(lr=0.1, weight_decay=1e-2, batch_size=8, epochs=3)
 

@@ -9,6 +9,8 @@ from headwater.core.locks import FolderLock
 from tests import ranks
 from tests.core.index.test_faults import content
 
+pytestmark = pytest.mark.thorough
+
 
 def succeeded(job: str, size: int, folder) -> None:
     for process in ranks.start(job, size, folder):
