@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from headwater.data.text import Row
 
 SCORE_COLUMNS = ("score", "label_score")  # tried in this order where --score is left out
-YES, NO = ("true", "yes", "1", "wrong"), ("false", "no", "0", "right")
+YES, NO = ("true", "yes", "y", "1", "wrong"), ("false", "no", "n", "0", "right")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,11 @@ class Select(Table):
         if (self.eta is None) == (self.share is None):
             raise ValueError("Give --eta, a number of false claims, or --share, a share of them.")
         require("--alpha", self.alpha, "above 0 and below 1", 0 < self.alpha < 1)
+        given = (self.scores.resolve(), self.verified.resolve())
+        if self.out is not None and self.out.resolve() in given:
+            raise ValueError(
+                f"--out {self.out} would be written over what is read; choose another."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +255,7 @@ def _write(path: Path, columns: dict[str, list]) -> None:
     from headwater.core.files import sibling
 
     partial = sibling(path, "partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".parquet":
         import pyarrow
         import pyarrow.parquet
