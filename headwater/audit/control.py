@@ -18,7 +18,7 @@ from torch import Tensor
 from headwater.audit.base import Findings, Section
 from headwater.calibrate import draw_sample, select
 from headwater.core.files import sibling
-from headwater.data.text import read_rows
+from headwater.data.text import cell, read_rows
 
 WRONG = "is_wrong"  # the column that a person fills in
 _YES, _NO = ("1", "true", "yes", "y", "wrong"), ("0", "false", "no", "n", "right")
@@ -118,7 +118,7 @@ def write_sheet(
     writer.writerow(["id", WRONG, *labelled, *(["text"] if texts else [])])
     for i in drawn:
         label = [int(given[i])] if given is not None else []
-        writer.writerow([findings.ids[i], "", *label, *([texts[i]] if texts else [])])
+        writer.writerow([findings.ids[i], "", *label, *([cell(texts[i])] if texts else [])])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = sibling(path, "partial")
     partial.write_text(sheet.getvalue(), encoding="utf-8", newline="")

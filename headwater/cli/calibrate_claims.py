@@ -115,6 +115,7 @@ class Pool:
 
 def draw(command: Draw) -> int:
     from headwater.calibrate import draw_sample
+    from headwater.data.text import cell
 
     if command.out.exists():  # it may hold what someone has verified
         raise ValueError(f"{command.out} exists; choose another --out, or remove it first.")
@@ -124,7 +125,7 @@ def draw(command: Draw) -> int:
     others = [name for name in pool.rows[0][1] if name not in hidden]
     ids = [pool.ids[i] for i in chosen]
     columns: dict[str, list] = {command.id: ids, "wrong": [""] * len(chosen)}
-    columns |= {name: [pool.rows[i][1].get(name) for i in chosen] for name in others}
+    columns |= {name: [cell(pool.rows[i][1].get(name)) for i in chosen] for name in others}
     _write(command.out, columns)
     if command.json:
         emit_json({"ids": ids, "of": len(pool.ids), "out": command.out})

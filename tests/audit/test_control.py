@@ -130,6 +130,12 @@ def test_what_is_no_table_of_outcomes_is_refused_with_its_name(tmp_path, content
         Verified.read(tmp_path / "nothing.csv")
 
 
+def test_texts_of_a_sheet_are_no_formulas(tmp_path):
+    found, _ = findings()
+    path = write_sheet(found, tmp_path / "sheet.csv", 3, texts=["=HYPERLINK(1)"] * N)
+    assert {row["text"] for row in csv.DictReader(path.open())} == {"'=HYPERLINK(1)"}
+
+
 def test_a_draw_that_cannot_be_made_leaves_no_sheet(tmp_path):
     found, _ = findings()
     for options in ({"n": N + 1}, {"n": 5, "among": 3}, {"n": 5, "seed": -1}):
