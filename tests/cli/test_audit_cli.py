@@ -112,6 +112,10 @@ def test_changes_are_held_against_the_repeated_run(run, capsys):
     kept = list((run / "verify" / "audits").glob("*.json"))
     assert len(kept) == 1 and Verification.load(kept[0]).outcomes[0].actual == relabelled["actual"]
     assert main(words) == 0 and "read from" in capsys.readouterr().err
+    assert main(words[:-1]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "relabelled (audit audit): lower than with as many left out at random in 1 of 1" in said
+    assert "Leaving out" not in said
 
 
 def test_a_sample_is_drawn_once_for_a_person(run, capsys):
