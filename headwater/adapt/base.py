@@ -41,6 +41,7 @@ from headwater.core.quantized import (
     empty_layer,
     held_dense,
     layer_facts,
+    quantized_layers,
     replace_module,
     save_quantized,
 )
@@ -235,6 +236,8 @@ def chosen_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
     found = [name for name in linear if wanted(name)]
     if not found:
         shared = f" ({', '.join(tied[:3])} share their weights with other modules)" if tied else ""
+        if quantized := len(quantized_layers(model)):
+            shared = f" ({quantized} are quantized already; quantize the model they were made from)"
         asked = f"of {', '.join(patterns)}" if patterns else "in its blocks"
         raise ValueError(
             f"The model has no linear layers {asked} to quantize{shared}; its linear layers are: "

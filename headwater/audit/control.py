@@ -6,11 +6,10 @@ allows. It holds whatever the ranking is worth; a good one claims more.
 """
 
 import csv
-import json
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from headwater.audit.base import Findings, Section
 from headwater.calibrate import draw_sample, select
+from headwater.core.files import sibling
+from headwater.data.text import cell, read_rows
 
 WRONG = "is_wrong"  # the column that a person fills in
 _YES, _NO = ("1", "true", "yes", "y", "wrong"), ("0", "false", "no", "n", "right")
@@ -49,34 +50,27 @@ class Verified:
 
     @classmethod
     def read(cls, path: str | Path) -> "Verified":
-        """Read a CSV or JSONL file with the columns `id` and `is_wrong` (true or false, 1 or 0, yes or no).
+        """Read a CSV, JSONL or Parquet file with the columns `id` and `is_wrong` (true or false, 1 or 0, yes or no).
 
         Raises:
-            ValueError: A column or an outcome is missing; the message names the row.
+            FileNotFoundError: There is no such file.
+            ValueError: It is no table, or a column or an outcome is missing; the message names the row.
         """
-        path = Path(path)
         ids, wrong = [], []
-        for number, row in enumerate(_rows(path), start=1):
+        for where, row in read_rows(path):
             if "id" not in row or WRONG not in row:
                 raise ValueError(
-                    f"{path}, row {number}: expected the columns id and {WRONG}; got {', '.join(map(str, row))}."
+                    f"{where}: expected the columns id and {WRONG}; got {', '.join(map(repr, row))}."
                 )
             said = str(row[WRONG]).strip().lower()
             if said not in (*_YES, *_NO):
                 raise ValueError(
-                    f"{path}, row {number}: {WRONG} of {row['id']!r} must be yes or no; got {row[WRONG]!r}. Every "
+                    f"{where}: {WRONG} of {row['id']!r} must be yes or no; got {row[WRONG]!r}. Every "
                     "example that was drawn must be looked at, else the sample is no random one."
                 )
             ids.append(str(row["id"]))
             wrong.append(said in _YES)
         return cls(ids=tuple(ids), wrong=tuple(wrong))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix in (".jsonl", ".ndjson"):
-            return [json.loads(line) for line in file if line.strip()]
-        return list(csv.DictReader(file))
 
 
 def doubtful(findings: Findings, among: int | None = None) -> Int[Tensor, " pool"]:
@@ -116,15 +110,19 @@ def write_sheet(
     """
     path = Path(path)
     given = findings.columns.get("given_label")
+    pool = doubtful(findings, among)
+    drawn = pool[draw_sample(len(pool), n, seed=seed)].tolist()
+    sheet = io.StringIO(newline="")
+    writer = csv.writer(sheet)
+    labelled = ["given_label"] if given is not None else []
+    writer.writerow(["id", WRONG, *labelled, *(["text"] if texts else [])])
+    for i in drawn:
+        label = [int(given[i])] if given is not None else []
+        writer.writerow([findings.ids[i], "", *label, *([cell(texts[i])] if texts else [])])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        labelled = ["given_label"] if given is not None else []
-        writer.writerow(["id", WRONG, *labelled, *(["text"] if texts else [])])
-        pool = doubtful(findings, among)
-        for i in pool[draw_sample(len(pool), n, seed=seed)].tolist():
-            label = [int(given[i])] if given is not None else []
-            writer.writerow([findings.ids[i], "", *label, *([texts[i]] if texts else [])])
+    partial = sibling(path, "partial")
+    partial.write_text(sheet.getvalue(), encoding="utf-8", newline="")
+    partial.replace(path)
     return path
 
 

@@ -594,7 +594,11 @@ class Mislabels(Auditor):
             return marked(suspicion, n), f"the {n:,} most doubtful, as asked"
         if not subject.classes:
             none = torch.zeros(len(subject), dtype=torch.bool)
-            return none, "without classes nothing says how many; give n_issues, or verify a sample"
+            return (
+                none,
+                "without classes nothing says how many; ask for a number (n_issues, --issues), or verify ",
+            )
+            "a sample"
         probabilities, whose = _told(subject)
         n = int(confidently_other(probabilities, subject.labels).sum())
         return marked(suspicion, n), (

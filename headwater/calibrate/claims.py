@@ -389,6 +389,8 @@ def draw_sample(n_examples: int, n: int, *, seed: int = 0) -> Int[Tensor, " n"]:
     """
     if not 1 <= n <= n_examples:
         raise ValueError(f"Expected 1 to {n_examples} examples to draw; got {n}.")
+    if seed < 0:
+        raise ValueError(f"Expected a seed of 0 or more; got {seed}.")
     # A stream of its own: torch's would shuffle as whoever else was seeded with the same number did.
     stream = np.random.default_rng([seed, n_examples, _DRAW])
     return torch.from_numpy(stream.permutation(n_examples)[:n])

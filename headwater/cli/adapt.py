@@ -1,5 +1,6 @@
 """`headwater adapt`: make a run's model smaller, so that it still can be run and traced."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,6 +74,7 @@ def _quip(command: Quip) -> int:
     from headwater.core.task import CausalLM
     from headwater.models.language import save_quantized_language
 
+    _refuse_other(command.out)
     session, _ = run_session(command.run)
     model, data = _source(command, session)
     method = QuIP(
@@ -84,13 +86,13 @@ def _quip(command: Quip) -> int:
         measure=command.measure,
         seed=command.seed,
     )
-    _refuse_other(command.out)
+    unfinished = command.out.with_name(f".{command.out.name}.unfinished")
     with progress_bar(quiet=command.json) as progress:
         found = method.adapt(
             model,
             data,
             task=CausalLM(),
-            folder=command.out.with_name(f".{command.out.name}.unfinished"),
+            folder=unfinished,
             progress=progress,
         )
         told = _losses(command, session, model, found, progress)
@@ -103,6 +105,8 @@ def _quip(command: Quip) -> int:
         made_from=found.made_from,
         table=found.table(),
     )
+    with suppress(OSError):  # empty by now
+        unfinished.rmdir()
     if command.json:
         emit_json({"out": str(command.out), "layers": found.rows} | facts)
         return 0
@@ -159,6 +163,8 @@ def _refuse_other(out: Path) -> None:
     """Let a quantized model be replaced, and nothing else."""
     from headwater.models.language import QUANTIZED
 
+    if out.is_file():
+        raise ValueError(f"{out} is a file; choose a folder for the quantized model.")
     if out.exists() and any(out.iterdir()) and not (out / QUANTIZED).is_dir():
         raise ValueError(
             f"{out} holds something else than a quantized model; choose another folder."

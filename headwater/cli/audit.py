@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from headwater.audit import Findings
+    from headwater.audit.control import Verified
     from headwater.core.fit import Fit
     from headwater.training.trajectory import Trajectory
 
@@ -76,6 +77,7 @@ class Audit:
         require("--confidence", self.confidence, "between 0 and 1", 0 < self.confidence < 1)
         require("--false-claims", self.false_claims, "between 0 and 1", 0 < self.false_claims < 1)
         require("--neighbours", self.neighbours, "at least 1", self.neighbours >= 1)
+        require("--sample-seed", self.sample_seed, "0 or more", self.sample_seed >= 0)
         require("--sample", self.sample, "at least 1", self.sample is None or self.sample >= 1)
         require("--among", self.among, "at least 1", self.among is None or self.among >= 1)
         require("--issues", self.issues, "0 or more", self.issues is None or self.issues >= 0)
@@ -99,13 +101,14 @@ def run(words: list[str]) -> int:
         say(
             f"What to do about it is in {place}.{CHANGES}; edit it, and hold it against retraining:"
         )
-        say(f"  headwater verify {command.run} --audit {command.name}")
+        say(f"  headwater verify {command.run}{_program(command)} --audit {command.name}")
     return 0
 
 
 def audit(command: Audit, *, quiet: bool = False) -> "Findings":
     """Audit as the command says, write everything into the run folder, and return the findings."""
     from headwater.audit import Findings
+    from headwater.audit.control import Verified
     from headwater.core.fingerprint import fingerprint_json
     from headwater.core.store import Artifact
     from headwater.report.audit import write_findings
@@ -115,6 +118,10 @@ def audit(command: Audit, *, quiet: bool = False) -> "Findings":
             f"{command.run} holds no fit; make one with `headwater fit … --out {command.run}`, or in Python with "
             f"headwater.fit(…, folder={str(command.run / 'fit')!r})."
         )
+    # before anything is measured
+    verified = None if command.verified is None else Verified.read(command.verified)
+    if command.sample is not None:
+        _sheet_place(command)
     place = command.run / AUDITS / command.name
     manifest = Artifact.open(command.run / "fit", kind="fit").manifest
     asked = {k: v for k, v in to_json(command).items() if k not in _AFTER}
@@ -131,7 +138,7 @@ def audit(command: Audit, *, quiet: bool = False) -> "Findings":
         say(f"  measured before; read from {place}")
     if command.sample is not None:
         _sheet(command, kept)
-    found = _controlled(command, kept)
+    found = kept if verified is None else _controlled(command, kept, verified)
     found.write(place.with_name(f"{command.name}.parquet"))
     found.write(place.with_name(f"{command.name}.csv"))
     changes = place.with_name(f"{command.name}.{CHANGES}")
@@ -223,6 +230,8 @@ def _probabilities(path: Path | None) -> "Tensor | None":
     """A table of probabilities, one row for each training example in order."""
     if path is None:
         return None
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path} for --out-of-fold.")
     import numpy
     import torch
 
@@ -261,14 +270,12 @@ def _measure(command: Audit, *, quiet: bool) -> "Findings":
         )
 
 
-def _controlled(command: Audit, findings: "Findings") -> "Findings":
-    if command.verified is None:
-        return findings
-    from headwater.audit.control import Verified, controlled
+def _controlled(command: Audit, findings: "Findings", verified: "Verified") -> "Findings":
+    from headwater.audit.control import controlled
 
     return controlled(
         findings,
-        Verified.read(command.verified),
+        verified,
         confidence_level=command.confidence,
         false_claims=command.false_claims,
         among=command.among,
@@ -285,16 +292,27 @@ def _sheet(command: Audit, findings: "Findings") -> None:
     if "given_label" not in findings.columns:
         fit, _ = opened(command)
         texts = [read(fit.train, i) or "" for i in range(len(findings))]
+    path = _sheet_place(command)
+    options = {"among": command.among, "seed": command.sample_seed, "texts": texts}
+    write_sheet(findings, path, command.sample, **options)
+    again = _program(command) + (f" --name {command.name}" if command.name != "audit" else "")
+    among = f" --among {command.among}" if command.among is not None else ""
+    say(f"Fill in the column is_wrong of {path}, then:")
+    say(f"  headwater audit {command.run}{again} --verified {path}{among}")
+
+
+def _sheet_place(command: Audit) -> Path:
+    """Where the sample goes, which must not be there yet."""
     path = command.run / AUDITS / f"{command.name}.to-verify.csv"
     if path.exists():
         raise ValueError(
             f"{path} exists and may have been filled in; move it away before another sample is drawn."
         )
-    options = {"among": command.among, "seed": command.sample_seed, "texts": texts}
-    write_sheet(findings, path, command.sample, **options)
-    again = f" --among {command.among}" if command.among is not None else ""
-    say(f"Fill in the column is_wrong of {path}, then:")
-    say(f"  headwater audit {command.run} --verified {path}{again}")
+    return path
+
+
+def _program(command: Audit) -> str:
+    return f" --program {command.program}" if command.program is not None else ""
 
 
 def _as_json(findings: "Findings") -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from headwater.data.text import Row
 
 SCORE_COLUMNS = ("score", "label_score")  # tried in this order where --score is left out
-YES, NO = ("true", "yes", "1", "wrong"), ("false", "no", "0", "right")
+YES, NO = ("true", "yes", "y", "1", "wrong"), ("false", "no", "n", "0", "right")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,11 @@ class Select(Table):
         if (self.eta is None) == (self.share is None):
             raise ValueError("Give --eta, a number of false claims, or --share, a share of them.")
         require("--alpha", self.alpha, "above 0 and below 1", 0 < self.alpha < 1)
+        given = (self.scores.resolve(), self.verified.resolve())
+        if self.out is not None and self.out.resolve() in given:
+            raise ValueError(
+                f"--out {self.out} would be written over what is read; choose another."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,7 @@ class Pool:
 
 def draw(command: Draw) -> int:
     from headwater.calibrate import draw_sample
+    from headwater.data.text import cell
 
     if command.out.exists():  # it may hold what someone has verified
         raise ValueError(f"{command.out} exists; choose another --out, or remove it first.")
@@ -119,7 +125,7 @@ def draw(command: Draw) -> int:
     others = [name for name in pool.rows[0][1] if name not in hidden]
     ids = [pool.ids[i] for i in chosen]
     columns: dict[str, list] = {command.id: ids, "wrong": [""] * len(chosen)}
-    columns |= {name: [pool.rows[i][1].get(name) for i in chosen] for name in others}
+    columns |= {name: [cell(pool.rows[i][1].get(name)) for i in chosen] for name in others}
     _write(command.out, columns)
     if command.json:
         emit_json({"ids": ids, "of": len(pool.ids), "out": command.out})
@@ -250,6 +256,7 @@ def _write(path: Path, columns: dict[str, list]) -> None:
     from headwater.core.files import sibling
 
     partial = sibling(path, "partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".parquet":
         import pyarrow
         import pyarrow.parquet

@@ -80,6 +80,10 @@ class CurvatureEdit:
         if not (self.dry_run or self.out):
             raise ValueError("Expected --out FOLDER for the edit, or --dry-run.")
         _require_free(self.write_model, "--write-model")
+        if self.write_model and self.out and self.write_model.resolve() == self.out.resolve():
+            raise ValueError(
+                "--out takes the edit and --write-model the edited model; give each a folder of its own."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

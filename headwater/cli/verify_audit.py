@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from headwater.cli.audit import AUDITS, CHANGES, from_program
 from headwater.cli.common import finetuning, progress_bar, run_session, say
+from headwater.cli.flags import RUN
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,6 +93,11 @@ def _parts(command: "Verify", *, quiet: bool) -> tuple["Fit", "Examples", "Retra
     """The fit, held-out examples, the training, and its seed."""
     if command.program is not None:
         return _of_program(command)
+    if not (command.run / RUN).is_file() and (command.run / "fit").is_dir():
+        raise FileNotFoundError(
+            f"{command.run} has a fit and no {RUN}, so that its model is not known; name the function that the audit "
+            "was given: --program file.py:function."
+        )
     return _of_finetuning(command, quiet=quiet)
 
 

@@ -148,6 +148,22 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
+def cell(value: Any) -> Any:
+    """The value as a spreadsheet shows it: text that would be run as a formula gets an apostrophe in front.
+
+    Example:
+        >>> cell("=1+1"), cell("-0.5"), cell("a = b"), cell(3)
+        ("'=1+1", '-0.5', 'a = b', 3)
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(("=", "+", "-", "@")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 # Which columns
 
 

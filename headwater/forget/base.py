@@ -258,16 +258,20 @@ def editable_layers(fit: Fit, patterns: Sequence[str]) -> list[Layer]:
     """The linear layers of a fit whose names match.
 
     Raises:
-        ValueError: A pattern matches nothing, or a layer that is not linear or shares its weight with one that is not.
+        ValueError: A pattern matches nothing, or a layer that is not linear, shares its weight with one that is not, or
+            is quantized.
     """
     fit.capture()  # refuses a model whose weights were changed since
+    parameters = {name for name, _ in fit.model.named_parameters(remove_duplicate=False)}
+    able = [x for x in fit.followed if _is_linear(x) and x.parameters[0] in parameters]
+    editable = {x.name for x in able}
     chosen: dict[str, Layer] = {}
     for pattern in patterns:
         matched = [x for x in fit.followed if fnmatchcase(x.name, pattern)]
-        linear = [x for x in matched if _is_linear(x)]
-        other = [x for x in matched if not _is_linear(x)]
+        linear = [x for x in matched if x.name in editable]
+        other = sorted((x for x in matched if x.name not in editable), key=_is_linear)[::-1]
         if not linear or (other and pattern not in EVERY):
-            there = ", ".join(x.name for x in fit.followed if _is_linear(x)) or "none"
+            there = ", ".join(x.name for x in able) or "none"
             what = f"{other[0].name!r} is {_why(other[0])}" if other else "it matches nothing"
             raise ValueError(
                 f"Expected linear layers that the fit follows for {pattern!r}; {what}. There are: {there}."
@@ -281,6 +285,8 @@ def _is_linear(layer: Layer) -> bool:
 
 
 def _why(layer: Layer) -> str:
+    if _is_linear(layer):
+        return "quantized, so that its weights cannot be edited; edit the model it was made from"
     kinds = sorted({use.kind for use in layer.uses} | {layer.kind})
     return " tied with ".join(kinds) if len(kinds) > 1 else f"of kind {kinds[0]}"
 

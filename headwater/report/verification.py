@@ -36,12 +36,25 @@ def show(found: Verification, console: Console | None = None) -> None:
     won = found.beats_chance
     if not won:
         return
-    what = "the top" if "changes" not in found.facts else "these"
+    if "changes" in found.facts:
+        _compare(found, console)
+        return
     console.print(
-        f"Leaving out {what} examples moved {sum(won)} of {len(won)} measurements further down than leaving out as "
+        f"Leaving out the top examples moved {sum(won)} of {len(won)} measurements further down than leaving out as "
         "many at random did.",
         style="bold",
     )
+
+
+def _compare(found: Verification, console: Console) -> None:
+    """For each change of a change set, how often it lowered the loss more than random removals did."""
+    rows = [rows for _, rows in _by_query(found.outcomes)]
+    chance = [next((o.actual for o in each if o.control), float("nan")) for each in rows]
+    for name in dict.fromkeys(o.change for each in rows for o in each if not o.control):
+        made = [[o.actual for o in each if o.change == name] for each in rows]
+        won = sum(x[0] < c for x, c in zip(made, chance, strict=True) if x)
+        text = f"{name}: lower than with as many left out at random in {won} of {len(rows)} measurements."
+        console.print(Text(text, style="bold"))
 
 
 def _by_query(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Outcome]]]:

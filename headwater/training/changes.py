@@ -10,6 +10,8 @@ import torch
 from headwater.core.files import ArtifactDamaged, read_json, write_json
 from headwater.training.retraining import Change
 
+_EXPECTED = "expected an object with lists remove and keep, and relabel with a label for each id"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeSet:
@@ -102,15 +104,24 @@ class ChangeSet:
             ArtifactDamaged: The file is no change set.
         """
         content: Any = read_json(Path(path))
-        try:
-            return cls(
-                name=str(content.get("name", "changes")),
-                remove=tuple(str(i) for i in content.get("remove", ())),
-                relabel={str(i): int(label) for i, label in content.get("relabel", {}).items()},
-                keep=tuple(str(i) for i in content.get("keep", ())),
-            )
-        except (TypeError, AttributeError) as error:
+        if not isinstance(content, dict):
             raise ArtifactDamaged(
-                f"{path} is no change set ({error}): expected an object with lists remove and keep, and relabel with "
-                "a label for each id."
-            ) from error
+                f"{path} is no change set: {_EXPECTED}; got a {type(content).__name__}."
+            )
+        lists = {name: content.get(name, []) for name in ("remove", "keep")}
+        labels = content.get("relabel", {})
+        wrong = [name for name, ids in lists.items() if not isinstance(ids, list)]
+        wrong += [] if isinstance(labels, dict) else ["relabel"]
+        if wrong:
+            raise ArtifactDamaged(f"{path} is no change set, by its {wrong[0]}: {_EXPECTED}.")
+        for name, label in labels.items():
+            if type(label) is not int:
+                raise ArtifactDamaged(
+                    f"{path}: the new label of {name!r} must be the number of a class; got {label!r}."
+                )
+        return cls(
+            name=str(content.get("name", "changes")),
+            remove=tuple(map(str, lists["remove"])),
+            relabel={str(i): label for i, label in labels.items()},
+            keep=tuple(map(str, lists["keep"])),
+        )

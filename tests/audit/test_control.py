@@ -89,7 +89,9 @@ def test_a_sheet_of_random_examples_is_written_without_scores_and_read_back(tmp_
         .argsort(stable=True)[draw_sample(N, 25, seed=1)]
         .tolist()
     ]
-    with pytest.raises(ValueError, match=r"row 1: is_wrong of 'e\d+' must be yes or no; got ''"):
+    with pytest.raises(
+        ValueError, match=r"sheet\.csv:1: is_wrong of 'e\d+' must be yes or no; got ''"
+    ):
         Verified.read(path)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -106,8 +108,40 @@ def test_json_lines_are_read_as_well(tmp_path):
     path.write_text('{"id": "a", "is_wrong": true}\n\n{"id": 7, "is_wrong": false}\n')
     assert Verified.read(path) == Verified(ids=("a", "7"), wrong=(True, False))
     path.write_text('{"id": "a", "wrong": true}\n')
-    with pytest.raises(ValueError, match="expected the columns id and is_wrong; got id, wrong"):
+    with pytest.raises(ValueError, match="expected the columns id and is_wrong; got 'id', 'wrong'"):
         Verified.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not json", "v.jsonl"),
+        (b"5", "v.jsonl"),
+        (b"\x81\xff", "is not UTF-8"),
+        (b"", "holds no rows"),
+    ],
+)
+def test_what_is_no_table_of_outcomes_is_refused_with_its_name(tmp_path, content, message):
+    path = tmp_path / "v.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Verified.read(path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Verified.read(tmp_path / "nothing.csv")
+
+
+def test_texts_of_a_sheet_are_no_formulas(tmp_path):
+    found, _ = findings()
+    path = write_sheet(found, tmp_path / "sheet.csv", 3, texts=["=HYPERLINK(1)"] * N)
+    assert {row["text"] for row in csv.DictReader(path.open())} == {"'=HYPERLINK(1)"}
+
+
+def test_a_draw_that_cannot_be_made_leaves_no_sheet(tmp_path):
+    found, _ = findings()
+    for options in ({"n": N + 1}, {"n": 5, "among": 3}, {"n": 5, "seed": -1}):
+        with pytest.raises(ValueError, match="Expected"):
+            write_sheet(found, tmp_path / "sheet.csv", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_sample_is_refused_by_name():

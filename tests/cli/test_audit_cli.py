@@ -112,10 +112,16 @@ def test_changes_are_held_against_the_repeated_run(run, capsys):
     kept = list((run / "verify" / "audits").glob("*.json"))
     assert len(kept) == 1 and Verification.load(kept[0]).outcomes[0].actual == relabelled["actual"]
     assert main(words) == 0 and "read from" in capsys.readouterr().err
+    assert main(words[:-1]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "relabelled (audit audit): lower than with as many left out at random in 1 of 1" in said
+    assert "Leaving out" not in said
 
 
 def test_a_sample_is_drawn_once_for_a_person(run, capsys):
     assert main(["audit", str(run), *program(run), "--sample", "10"]) == 0
+    told = capsys.readouterr().err
+    assert f"audit {run} {' '.join(program(run))} --verified" in told  # as it can be run
     rows = list(csv.DictReader((run / "audits" / "audit.to-verify.csv").open()))
     assert len(rows) == 10 and all(r["is_wrong"] == "" and r["given_label"] for r in rows)
     assert main(["audit", str(run), *program(run), "--sample", "10"]) == 2
@@ -145,6 +151,8 @@ def test_out_of_fold_probabilities_are_read_from_a_file(run, tmp_path, capsys):
         ([], "its model is not known; name a function"),
         (["--confidence", "95"], "--confidence must be between 0 and 1"),
         (["--measures", "loes"], "There is no measure 'loes'"),
+        (["--verified", "nowhere.csv"], "nowhere.csv does not exist"),
+        (["--sample", "5", "--sample-seed", "-1"], "--sample-seed must be 0 or more"),
     ],
 )
 def test_mistakes_are_one_line_that_says_what_to_do(run, capsys, words, message):

@@ -120,9 +120,11 @@ def test_ids_may_be_numbers_and_rows_json_lines(tmp_path, capsys):
         (["--eta", "3", "--among", "1"], "at least 2"),
         (["--eta", "500"], "eta must be 0 or more and below"),
         (["--eta", "3", "--out", "x.txt"], "named .csv or .parquet"),
+        (["--eta", "3", "--out", "{verified}"], "written over what is read"),
     ],
 )
 def test_mistakes_are_told_in_a_line(place, truth, capsys, words, message):
+    words = [word.format(verified=place / "v.csv") for word in words]
     write(place / "v.csv", {"id": [f"e{i}" for i in range(0, 400, 2)], "wrong": ["no"] * 200})
     verified = ["--verified", str(place / "v.csv")]
     assert main(["calibrate", "select", str(place / "scores.csv"), *verified, *words]) == 2

@@ -87,6 +87,7 @@ def test_json_holds_the_table_and_what_was_tried(place, capsys):
         (["--dry-run", "--out", "x"], "writes nothing"),
         (["--dry-run", "--layers", "model.embed_tokens"], "Expected linear layers"),
         (["--out", "x", "--write-model", "."], "exists already"),
+        (["--out", "x", "--write-model", "x"], "a folder of its own"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(place, words, said, capsys):

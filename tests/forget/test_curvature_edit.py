@@ -228,3 +228,15 @@ def test_broken_factors_are_refused():
     fit.curvature.factor_eigenvalues["0"][0][0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         CurvatureEdit().edit(fit)
+
+
+def test_a_quantized_layer_is_refused_by_name():
+    from headwater.adapt import QuIP
+
+    model, data, task = mlp(), mlp_data(40), Classification()
+    small = QuIP(bits=4).adapt(model, headwater.fit(model, data, task, curvature=KFAC())).model
+    fit = headwater.fit(small, data, task, curvature=KFAC(), layers=["*"])
+    with pytest.raises(ValueError, match="is quantized, so that its weights cannot be edited"):
+        CurvatureEdit().edit(fit)
+    with pytest.raises(ValueError, match="are quantized already"):
+        QuIP(bits=2).adapt(small, fit)

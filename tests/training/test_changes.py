@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from headwater.core.files import ArtifactDamaged
 from headwater.core.scores import Scores
 from headwater.training.changes import ChangeSet
 from headwater.training.optimizers import SGD
@@ -112,3 +113,22 @@ def test_models_trained_side_by_side_take_new_labels(tmp_path):
     # what was kept is told apart by its labels
     kept = retrain_all(again, runs[::-1], n_train=N, queries=["a", "b"], cache=tmp_path)
     torch.testing.assert_close(kept.flip(0), found)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "got a list"),
+        ('{"remove": "e1"}', "by its remove"),
+        ('{"relabel": [1]}', "by its relabel"),
+        (
+            '{"relabel": {"e1": "cat"}}',
+            "new label of 'e1' must be the number of a class; got 'cat'",
+        ),
+    ],
+)
+def test_a_file_that_is_no_change_set_is_refused_by_what_is_wrong(tmp_path, content, message):
+    path = tmp_path / "changes.json"
+    path.write_text(content)
+    with pytest.raises(ArtifactDamaged, match=message):
+        ChangeSet.load(path)
