@@ -11,7 +11,7 @@ All functions take weights in units of the grid: they are rounded to integers, f
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Shaped
@@ -223,10 +223,10 @@ def ldlq_rg(
     The published code sorts ascending and sweeps from the last column back, which is the same.
     """
     order = by_weight(H)
-    W, H = W[:, order], H[order][:, order]
-    U, _ = ldl(H.double())
-    rounded = greedy(ldlq(W, U.to(W), top=top), W, H.to(W), top=top, passes=passes, clamp=clamp)
-    return rounded[:, order.argsort()]
+    turned = H[order][:, order]
+    U, _ = ldl(turned.double())
+    begun = ldlq(W[:, order], U.to(W), top=top)[:, order.argsort()]
+    return _greedy_by_weight(begun, W, H, top=top, passes=passes, clamp=clamp)
 
 
 def greedy_alone(
@@ -238,10 +238,13 @@ def greedy_alone(
     clamp: Literal["step", "pass"] = "step",
 ) -> Float[Tensor, "out in"]:
     """Greedy passes from the nearest integers, columns in the order `by_weight`."""
+    return _greedy_by_weight(quantize(W, top), W, H, top=top, passes=passes, clamp=clamp)
+
+
+def _greedy_by_weight(begun: Tensor, W: Tensor, H: Tensor, **options: Any) -> Tensor:
     order = by_weight(H)
-    W, H = W[:, order], H[order][:, order]
-    rounded = greedy(quantize(W, top), W, H.to(W), top=top, passes=passes, clamp=clamp)
-    return rounded[:, order.argsort()]
+    found = greedy(begun[:, order], W[:, order], H[order][:, order].to(W), **options)
+    return found[:, order.argsort()]
 
 
 def checked_moment(H: Float[Tensor, "rows columns"], n: int) -> Float[Tensor, "n n"]:
