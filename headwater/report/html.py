@@ -8,13 +8,13 @@ sheet, named by its hash, and nothing else.
 import base64
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headwater.core.evidence import Answer, Evidence, Influencer, SourceTotal
+from headwater.core.files import write_bytes
 from headwater.extras import require
 from headwater.report import text
 
@@ -45,10 +45,7 @@ def write_html(evidence: Evidence, path: str | Path) -> Path:
 def write_page(path: str | Path, content: str) -> Path:
     """Write a page whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+    write_bytes(path, content.encode())
     return path
 
 
