@@ -48,6 +48,7 @@ examples:
   headwater timeline runs/mine --prompt "The river rises in"
   headwater adapt quip runs/mine --bits 3 --out runs/small
   headwater audit runs/mine
+  headwater audit structure runs/mine
   headwater verify runs/mine
 
 Every command has --help, and --json for machines. fit, index build and trace run on several processes or machines:
