@@ -389,6 +389,41 @@ def told(values: list[float]) -> str:
     return f"{number(math.exp(e.value))} [{low}, {high}], {len(values)} seeds"
 
 
+def nats_table(folder: Path) -> None:
+    """Nats a byte that quantizing adds to a training's own loss: mean over trainings, with interval."""
+    found = {row: kept for row in gpt_rows() if (kept := read(folder, row))}
+    mean = {row: sum(kept["nats"]) / len(kept["nats"]) for row, kept in found.items()}
+    before = {row.part: value for row, value in mean.items() if row.method is None}
+    if not before:
+        return
+    print(
+        f"\nAs it was, by training: {', '.join(f'{v:.4f}' for v in before.values())} nats a byte\n"
+    )
+    print("| bits | rounding | plain | incoherent | plain - incoherent |\n|---|---|---|---|---|")
+    for bits in (4, 3, 2):
+        for rounding in ROUNDINGS:
+            added: dict[bool, dict[str, float]] = {False: {}, True: {}}
+            for row, value in mean.items():
+                m = row.method
+                if m is not None and (m.bits, m.rounding) == (bits, rounding):
+                    added[m.incoherence][row.part] = value - before[row.part]
+            both = [p for p in added[False] if p in added[True]]
+            columns = [
+                list(added[False].values()),
+                list(added[True].values()),
+                [added[False][p] - added[True][p] for p in both],
+            ]
+            cells = [in_nats(values) for values in columns]
+            print(f"| {bits} | {NAMES[rounding]} | {' | '.join(cells)} |")
+
+
+def in_nats(values: list[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{v:.4f}" for v in values) or "–"
+    e = mean_interval(torch.tensor(values, dtype=torch.float64))
+    return f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"
+
+
 def number(x: float) -> str:
     return f"{x:.1f}" if x < 1000 else f"{x:,.0f}" if x < 1e6 else f"{x:.1e}"
 
@@ -492,7 +527,7 @@ def main(
         perplexity_table(folder, chosen)
     cost_table(folder)
     print("\n## GPT trained in float32")
-    perplexity_table(folder, list(gpt_rows()))
+    nats_table(folder)
     trace_table(folder)
     spread_table(folder)
 
