@@ -24,6 +24,7 @@ from headwater.cli.flags import (
 
 if TYPE_CHECKING:
     from headwater.core.capture import Progress
+    from headwater.core.fit import Fit
     from headwater.data.tokens import TextExamples
     from headwater.models.language import LanguageModel
     from headwater.training.trajectory import Trajectory
@@ -341,3 +342,31 @@ def run_session(run: Path) -> tuple[Session, dict[str, Any]]:
     )
     heldout = None if command["heldout"] is None else Path(command["heldout"])
     return open_session(inputs, heldout=heldout), record
+
+
+@dataclass
+class Opened:
+    """A run folder with its model, data and fit in memory, to be asked again and again.
+
+    Attributes:
+        run: The run folder.
+        session: Its model and data.
+        record: Its record, as it was when the folder was opened.
+        fitted: Its fit.
+    """
+
+    run: Path
+    session: Session
+    record: dict[str, Any]
+    fitted: "Fit"
+
+
+def open_run(run: Path) -> Opened:
+    """Load what a run folder was made from, and its fit."""
+    from headwater.core.fit import load
+    from headwater.core.task import CausalLM
+
+    session, record = run_session(run)
+    return Opened(
+        run, session, record, load(run / "fit", session.language.model, session.train, CausalLM())
+    )
