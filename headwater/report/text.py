@@ -8,9 +8,10 @@ replaced by something visible or removed.
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
+from headwater.core.display import title_of
 from headwater.core.evidence import Answer, Evidence, Influencer
 
 # Escape sequences of terminals: CSI, OSC and other strings up to their end, two-character ones.
@@ -60,7 +61,6 @@ _FACTS = {
     "command": "Command",
 }
 NOISE_LEVEL = 0.05  # a rank counts as told apart from noise up to this p-value
-_TITLES = ("title", "name", "headline", "subject")
 
 
 class _Table(dict[int, str]):
@@ -117,18 +117,6 @@ def shortened(text: str, width: int) -> str:
 def title(influencer: Influencer) -> str:
     """What to call an example: its title where the metadata has one, otherwise its id."""
     return title_of(influencer.example_id, influencer.metadata)
-
-
-def title_of(example_id: str, metadata: Mapping[str, Any]) -> str:
-    """What to call an example: its title where the metadata has one, otherwise its id.
-
-    Example:
-        >>> title_of("a1", {"Title": "Basalt"}), title_of("a1", {})
-        ('Basalt', 'a1')
-    """
-    by_name = {name.lower(): value for name, value in metadata.items()}
-    found = (by_name.get(name) for name in _TITLES)
-    return next((str(value) for value in found if value not in (None, "")), example_id)
 
 
 def source(influencer: Influencer, column: str | None) -> str | None:

@@ -136,7 +136,7 @@ def _answer(answer: Answer, known: _Known) -> dict[str, Any]:
         "completion": text.shortened(answer.completion, FULL),
         "tokens": _completion(answer),
         "measurement": text.shortened(answer.measurement, NAME).replace("_", "-"),
-        "value": _minus(text.number(answer.value, max(digits - 1, 2))),
+        "value": minus(text.number(answer.value, max(digits - 1, 2))),
         "n_tokens": len(answer.completion_tokens),
         "n_train": f"{answer.n_train:,}",
         "noise": text.noise(answer, digits),
@@ -162,7 +162,7 @@ def _completion(answer: Answer) -> list[dict[str, Any]]:
             "space": _split_space(token)[0][:NAME],
             "text": text.shortened(token.lstrip(), NAME),
             "level": _surprise(log_prob),
-            "title": f"{_minus(f'{log_prob:.3f}')} nats, probability {math.exp(log_prob):.2g}"
+            "title": f"{minus(f'{log_prob:.3f}')} nats, probability {math.exp(log_prob):.2g}"
             if math.isfinite(log_prob)
             else "no log-probability",
         }
@@ -214,9 +214,9 @@ class _Shown:
             "number": self.known.numbers.get(influencer.example_id),
             "title": text.shortened(text.title(influencer), NAME),
             "source": source and text.shortened(source, NAME),
-            "score": _minus(text.signed(score, digits)),
+            "score": minus(text.signed(score, digits)),
             "score_value": score,
-            "interval": _minus(text.interval(influencer.low, influencer.high, digits)),
+            "interval": minus(text.interval(influencer.low, influencer.high, digits)),
             "p": text.p_value(p),
             "significant": p <= text.NOISE_LEVEL if text.is_number(p) else None,
             "at": scale.at(score) if text.is_number(score) else None,
@@ -267,7 +267,7 @@ def _strongest_tokens(influencer: Influencer, digits: int, n: int = 6) -> list[t
     pairs = zip(influencer.tokens, influencer.token_scores, strict=False)
     ranked = sorted((p for p in pairs if text.is_number(p[1])), key=lambda p: -abs(p[1]))
     return [
-        (text.shortened(token.strip(), 30) or "␣", _minus(text.signed(score, digits + 1)))
+        (text.shortened(token.strip(), 30) or "␣", minus(text.signed(score, digits + 1)))
         for token, score in ranked[:n]
     ]
 
@@ -306,7 +306,7 @@ def _pieces(
         elif lead:
             pieces.append({"text": lead, "heat": ""})
         if word:
-            title = f"{_minus(text.signed(score, digits + 1))} nats"
+            title = f"{minus(text.signed(score, digits + 1))} nats"
             pieces.append({"text": word, "heat": heat, "title": title})
         left -= len(token)
     return pieces
@@ -337,7 +337,7 @@ def _sources(totals: Sequence[SourceTotal]) -> dict[str, Any]:
                 "lowered": scale.span(total.lowered, 0.0),
                 "at": scale.at(total.net) if text.is_number(total.net) else None,
                 "numbers": [
-                    _minus(text.signed(v, digits)) for v in (total.raised, total.lowered, total.net)
+                    minus(text.signed(v, digits)) for v in (total.raised, total.lowered, total.net)
                 ],
                 "values": [total.raised, total.lowered, total.net],
             }
@@ -384,7 +384,7 @@ def _ranked(
         "number": known.numbers.get(influencer.example_id),
         "title": text.shortened(text.title(influencer), NAME),
         "source": source and text.shortened(source, NAME),
-        "score": _minus(text.signed(influencer.score, digits)),
+        "score": minus(text.signed(influencer.score, digits)),
         "excerpt": text.shortened(influencer.text.strip(), EXCERPT),
         "also": [
             name
@@ -407,5 +407,6 @@ def _size(value: float) -> float:
     return abs(value) if text.is_number(value) else 0.0
 
 
-def _minus(number: str) -> str:
+def minus(number: str) -> str:
+    """The number with a minus sign in place of its hyphen."""
     return number.replace("-", "−")
