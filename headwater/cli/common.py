@@ -24,7 +24,6 @@ from headwater.cli.flags import (
 
 if TYPE_CHECKING:
     from headwater.core.capture import Progress
-    from headwater.core.fit import Fit
     from headwater.data.tokens import TextExamples
     from headwater.models.language import LanguageModel
     from headwater.training.trajectory import Trajectory
@@ -49,7 +48,7 @@ def guarded(call: Callable[[], int]) -> int:
     except _MISTAKES as error:
         if os.environ.get("HEADWATER_TRACEBACK"):
             raise
-        print(f"headwater: {_one_line(error)}", file=sys.stderr)
+        print(f"headwater: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -80,18 +79,19 @@ def one_voice(run: Callable[[], int], name: str, *, shared: bool) -> int:
         except RankFailed as error:
             if error.rank is not None or not current().announce(error):
                 return 2  # it has told its error itself
-            print(f"headwater: {_one_line(error)}", file=sys.__stderr__, flush=True)
+            print(f"headwater: {one_line(error)}", file=sys.__stderr__, flush=True)
             return 2
         except (RuntimeError, *_MISTAKES) as error:
             if os.environ.get("HEADWATER_TRACEBACK"):
                 raise
             if current().announce(error):
-                who = f"rank {rank} failed: {type(error).__name__}: {_one_line(error)}"
+                who = f"rank {rank} failed: {type(error).__name__}: {one_line(error)}"
                 print(f"headwater: {who}", file=sys.__stderr__, flush=True)
             return 2
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What went wrong, for people."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (
         text
@@ -101,10 +101,17 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(*, quiet: bool = False) -> Iterator["Progress | None"]:
-    """A progress bar with time left on standard error; plain lines where that is no terminal."""
-    if quiet:
-        yield None
+def progress_bar(
+    *, quiet: bool = False, to: "Progress | None" = None
+) -> Iterator["Progress | None"]:
+    """A progress bar with time left on standard error; plain lines where that is no terminal.
+
+    Args:
+        quiet: Show nothing.
+        to: What hears of the progress in its place.
+    """
+    if to is not None or quiet:
+        yield to
         return
     from rich.console import Console
     from rich.progress import (
@@ -193,6 +200,9 @@ class Session:
     layers: str | list[str]
     skip: list[str]
     record: dict[str, Any] = field(default_factory=dict)
+
+
+Opened = tuple[Session, dict[str, Any]]  # a run's model and data, and its record
 
 
 def open_session(inputs: Inputs, *, heldout: Path | None = None) -> Session:
@@ -317,7 +327,7 @@ def trace_name(run: Path, name: str | None) -> str | None:
     return name or next(iter(names), None)
 
 
-def run_session(run: Path) -> tuple[Session, dict[str, Any]]:
+def run_session(run: Path) -> Opened:
     """The model and data that a run folder was made from, and its record."""
     from headwater.core.files import read_json
 
@@ -342,31 +352,3 @@ def run_session(run: Path) -> tuple[Session, dict[str, Any]]:
     )
     heldout = None if command["heldout"] is None else Path(command["heldout"])
     return open_session(inputs, heldout=heldout), record
-
-
-@dataclass
-class Opened:
-    """A run folder with its model, data and fit in memory, to be asked again and again.
-
-    Attributes:
-        run: The run folder.
-        session: Its model and data.
-        record: Its record, as it was when the folder was opened.
-        fitted: Its fit.
-    """
-
-    run: Path
-    session: Session
-    record: dict[str, Any]
-    fitted: "Fit"
-
-
-def open_run(run: Path) -> Opened:
-    """Load what a run folder was made from, and its fit."""
-    from headwater.core.fit import load
-    from headwater.core.task import CausalLM
-
-    session, record = run_session(run)
-    return Opened(
-        run, session, record, load(run / "fit", session.language.model, session.train, CausalLM())
-    )

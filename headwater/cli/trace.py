@@ -1,13 +1,12 @@
 """`headwater trace`: which training examples raised or lowered a completion."""
 
-import contextlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from headwater.cli.common import Opened, open_run, progress_bar, say
+from headwater.cli.common import Opened, progress_bar, run_session, say
 from headwater.cli.flags import parse
 from headwater.cli.question import Question, as_asked, asked_queries, check_name, record_answer
 
@@ -134,7 +133,7 @@ def trace(
     Args:
         command: What to ask of which run.
         quiet: Show no progress.
-        opened: The run, where it is in memory already.
+        opened: The run's model and data with its record, where they are open already.
         progress: Called with (done, total, note), in place of a bar.
         partial: Called with the name of a stage and the evidence as far as it is known by then.
     """
@@ -156,10 +155,8 @@ def trace(
     world = current()
     if world.agreed(known):
         return Evidence.load(folder), page
-    opened = opened or open_run(command.run)
-    with contextlib.ExitStack() as stack:
-        bar = progress or stack.enter_context(progress_bar(quiet=quiet))
-        evidence = _trace(command, opened, {"question": digest}, bar, partial)
+    with progress_bar(quiet=quiet, to=progress) as bar:
+        evidence = _trace(command, {"question": digest}, opened, bar, partial)
 
     def save() -> None:
         evidence.save(folder)
@@ -181,16 +178,19 @@ def _indexes(command: Trace) -> list[str]:
 
 def _trace(
     command: Trace,
-    opened: Opened,
     facts: dict[str, Any],
+    opened: Opened | None,
     progress: "Progress | None",
     partial: "Partial | None",
 ) -> "Evidence":
     from headwater.core.cost import peak_memory_bytes
+    from headwater.core.fit import load
+    from headwater.core.task import CausalLM
     from headwater.report.explain import explain
     from headwater.trace.influence import Influence
 
-    session, record, fitted = opened.session, opened.record, opened.fitted
+    session, record = opened or run_session(command.run)
+    fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
     queries = asked_queries(command, session, command.rather_than)
     method, control = Influence(**asdict(command.method), n_intervals=command.top), session.heldout
     if command.index:

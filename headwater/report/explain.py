@@ -18,11 +18,11 @@ from headwater.core.fit import Fit
 from headwater.core.follow import evaluation_mode
 from headwater.core.provenance import papers, versions
 from headwater.core.scores import Scores
+from headwater.report.text import NOISE_LEVEL
 from headwater.trace.cascade import Cascade
 from headwater.trace.indexed import Indexed
 from headwater.trace.influence import Influence
 
-NOISE_LEVEL = 0.05  # a rank counts as told apart from noise below this p-value
 _EFFECTS = 32  # completions of more tokens are told in so many stretches
 _EXCERPT = 300  # characters of an example in a ranking
 Partial = Callable[[str, Evidence], None]
