@@ -116,8 +116,8 @@ function Form(props: { run: RunOverview }) {
         {completion && !busy && (
           <div class="how">
             <label class="field grow">
-              <span>Rather than <small class="soft">(optional: why this and not …)</small></span>
-              <input name="rather" dir="auto" value={rather} onInput={(event) => setRather(event.currentTarget.value)} />
+              <span>Rather than</span>
+              <input name="rather" dir="auto" value={rather} placeholder="optional: why this and not …" onInput={(event) => setRather(event.currentTarget.value)} />
             </label>
             {props.run.columns.length > 0 && (
               <Choice label="Totals by" value={source} onChange={setSource} options={[...props.run.columns.map((c) => [c, c] as const), ["", "nothing"]]} />

@@ -1,3 +1,4 @@
+import { useState } from "preact/hooks";
 import { Bar, Pairs, Pieces } from "./ui";
 import { Marks } from "./marks";
 import { marks, opened } from "./store";
@@ -8,6 +9,7 @@ import type { Card, Span } from "./types";
 export function CardView(props: { card: Card; rank: number; band: Span | null; heading?: "h3" | "h4" }) {
   const { card } = props;
   const open = () => (opened.value = { id: card.id, number: card.number, title: card.title, card });
+  const [more, show] = useState(false);
   const marked = marks.value.get(card.id);
   return (
     <li class={`card${marked ? ` marked-${marked.action}` : ""}`} tabIndex={-1} data-card={card.id}>
@@ -33,9 +35,9 @@ export function CardView(props: { card: Card; rank: number; band: Span | null; h
       <div class="acts">
         <button type="button" class="quiet open" onClick={open} aria-haspopup="dialog">Open<span class="sr"> {card.title}</span></button>
         <Marks of={card} />
+        <button type="button" class="quiet more" aria-expanded={more} onClick={() => show(!more)}>Details</button>
       </div>
-      <details>
-        <summary>Details</summary>
+      {more && <div class="details">
         {card.query_heat.length > 0 && (
           <>
             <p class="label">What it did to each token of the completion</p>
@@ -49,7 +51,7 @@ export function CardView(props: { card: Card; rank: number; band: Span | null; h
           </>
         )}
         <Pairs of={card.metadata} label="What is known of this example" />
-      </details>
+      </div>}
     </li>
   );
 }

@@ -14,7 +14,7 @@ export function changeFile(set: ChangeSet): ChangeFile {
   for (const change of set.changes) {
     if (change.action === "remove") file.remove.push(change.id);
     else if (change.action === "keep") file.keep.push(change.id);
-    else if (change.action === "relabel") file.relabel[change.id] = change.label ?? 0;
+    else if (change.action === "relabel") file.relabel[change.id] = Number(change.label ?? 0);
     else file.weights[change.id] = change.action === "duplicate" ? 2 : (change.weight ?? 2);
   }
   return file;

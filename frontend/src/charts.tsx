@@ -103,7 +103,7 @@ export function PredictedActual(props: { rows: VerificationRow[] }) {
   const from = Math.max(x.domain()[0] ?? 0, y.domain()[0] ?? 0);
   const to = Math.min(x.domain()[1] ?? 0, y.domain()[1] ?? 0);
   return (
-    <div ref={ref}>
+    <div ref={ref} class="square">
       <figure class="figure">
         <Frame width={side} height={height} xTitle="predicted change, nats" yTitle="actual change, nats"
           label={`Predicted against actual change of ${props.rows.length} measurements; the table below has the numbers`}

@@ -2,7 +2,7 @@ import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { Histogram } from "./charts";
 import { JobView } from "./jobs";
 import { marks, attempt, jobs, mark, opened, provider, readRun, start, wording } from "./store";
-import { count, figure, signed } from "./text";
+import { count, decimals, figure, fixed } from "./text";
 import type { CorpusQuery, CorpusRow, CorpusSummary, RunOverview, SortKey } from "./types";
 import { Await, Choice, Command, Empty, Failed, Skeleton, Title, useLoad, useWidth } from "./ui";
 import { useVirtual } from "./virtual";
@@ -99,6 +99,7 @@ function Clusters(props: { of: CorpusSummary["clusters"] }) {
 function SourceTable(props: { summary: CorpusSummary }) {
   const { sources, queries } = props.summary;
   const limit = Math.max(...sources.flatMap((s) => s.net.map((v) => Math.abs(v ?? 0))), 1e-12);
+  const digits = Math.max(decimals(limit) - 1, 0);
   const heat = (value: number | null) => (value === null || Math.abs(value) < 0.1 * limit ? "" : `${value > 0 ? "u" : "d"}${Math.min(Math.ceil((4 * Math.abs(value)) / limit), 4)}`);
   return (
     <section>
@@ -109,7 +110,7 @@ function SourceTable(props: { summary: CorpusSummary }) {
           <thead><tr><th scope="col">source</th><th scope="col" class="right">examples</th><th scope="col" class="right">self-influence</th>{queries.map((q, i) => <th key={i} scope="col" class="query" dir="auto" title={q}>{q}</th>)}</tr></thead>
           <tbody>
             {sources.map((s) => (
-              <tr key={s.name}><th scope="row" dir="auto">{s.name}</th><td class="right num">{figure(s.n)}</td><td class="right num">{s.self_influence}</td>{s.net.map((v, i) => <td key={i} class={`right num ${heat(v)}`}>{signed(v, 2)}</td>)}</tr>
+              <tr key={s.name}><th scope="row" dir="auto">{s.name}</th><td class="right num">{figure(s.n)}</td><td class="right num">{s.self_influence}</td>{s.net.map((v, i) => <td key={i} class={`right num ${heat(v)}`}>{v !== null && v > 0 && "+"}{fixed(v, digits)}</td>)}</tr>
             ))}
           </tbody>
         </table>
@@ -163,6 +164,7 @@ function Rows(props: { query: Omit<CorpusQuery, "offset" | "limit"> }) {
   const rowHeight = width < 620 ? 76 : 52;
   const { scroller, items, height, scrollTo } = useVirtual(total ?? 0, rowHeight);
   const [cursor, move] = useState(-1);
+  const gutter = scroller.current ? scroller.current.offsetWidth - scroller.current.clientWidth : 0;
   const first = Math.floor((items[0]?.index ?? 0) / PAGE);
   const last = Math.floor((items.at(-1)?.index ?? 0) / PAGE);
 
@@ -210,7 +212,7 @@ function Rows(props: { query: Omit<CorpusQuery, "offset" | "limit"> }) {
       <p class="soft small num" role="status">{total === null ? "Loading …" : count(total, "example")}{error && <> · {error} <button type="button" class="link" onClick={() => retry((n) => n + 1)}>Try again</button></>}</p>
       {total === 0 ? <Empty title="No example matches." /> : (
         <div class="list" role="table" aria-label="Training examples" aria-rowcount={total ?? -1}>
-          <div class="list-row list-head" role="row">
+          <div class="list-row list-head" role="row" style={{ paddingRight: `calc(1rem + ${gutter}px)` }}>
             <span role="columnheader" class="right">no.</span><span role="columnheader">example</span><span role="columnheader" class="wide">source</span>
             <span role="columnheader" class="right">tokens</span><span role="columnheader" class="right">loss</span><span role="columnheader" class="right">self-influence</span><span role="columnheader">mark</span>
           </div>
@@ -243,8 +245,8 @@ function Row(props: { index: number; row: CorpusRow | undefined; start: number; 
       </span>
       <span role="cell" class="wide"><span class="chip" dir="auto">{row.source ?? "–"}</span></span>
       <span role="cell" class="right num">{figure(row.length)}</span>
-      <span role="cell" class="right num">{figure(row.loss)}</span>
-      <span role="cell" class="right num">{figure(row.self_influence)}</span>
+      <span role="cell" class="right num">{fixed(row.loss, 2)}</span>
+      <span role="cell" class="right num">{fixed(row.self_influence, 2)}</span>
       <span role="cell"><button type="button" class="mark-button" data-action="remove" aria-pressed={marked !== undefined} aria-label={`${marked ? wording(marked) : "Remove"}: ${row.title}`} onClick={() => mark(row, marked?.action ?? "remove", marked?.weight === undefined ? {} : { weight: marked.weight })}>{marked ? wording(marked) : "Remove"}</button></span>
     </div>
   );

@@ -1,7 +1,7 @@
 import { lastTrace } from "./evidence";
 import { go } from "./route";
-import { attempt, canUndo, changes, clearMarks, drawer, nameChanges, opened, provider, run, said, start, undo, unmark, wording } from "./store";
-import { count } from "./text";
+import { attempt, canUndo, changes, clearMarks, drawer, nameChanges, opened, provider, run, said, start, titles, undo, unmark, wording } from "./store";
+import { count, visible } from "./text";
 import { Command } from "./ui";
 
 /** The change set: what is marked, its name, and what to do with it. */
@@ -22,13 +22,16 @@ export function Drawer() {
         <>
           <label class="field"><span>Name</span><input value={name} maxLength={80} onInput={(event) => nameChanges(event.currentTarget.value)} /></label>
           <ul class="changes">
-            {list.map((change) => (
+            {list.map((change) => {
+              const title = titles.get(change.id) ?? visible(change.id);
+              return (
               <li key={change.id}>
-                <button type="button" class="link" aria-haspopup="dialog" onClick={() => (opened.value = { id: change.id, number: change.number, title: change.id })}>{change.id}</button>
+                <button type="button" class="link" aria-haspopup="dialog" onClick={() => (opened.value = { id: change.id, number: change.number, title })} dir="auto">{title}</button>
                 <span class={`tag ${change.action}`}>{wording(change)}</span>
-                <button type="button" class="quiet" aria-label={`Take the mark off ${change.id}`} onClick={() => unmark(change.id)}>×</button>
+                <button type="button" class="quiet" aria-label={`Take the mark off ${title}`} onClick={() => unmark(change.id)}>×</button>
               </li>
-            ))}
+              );
+            })}
           </ul>
         </>
       )}

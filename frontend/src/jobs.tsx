@@ -11,7 +11,7 @@ export function JobView(props: { job: Job }) {
   return (
     <section class={`job ${job.state}`} aria-label={job.title}>
       <div class="job-head">
-        <p><b dir="auto">{job.title}</b> <span class="state">{STATES[job.state]}{job.state === "queued" && job.position > 0 && `, ${job.position} before it`}</span></p>
+        <p><b dir="auto">{job.title}</b> <span class="state">{STATES[job.state]}{job.state === "queued" && job.position > 1 && `, ${job.position - 1} before it`}</span></p>
         {going && <button type="button" class="quiet" onClick={() => void attempt(() => provider.cancel(job.id))}>Cancel</button>}
       </div>
       <Progress job={job} />

@@ -57,7 +57,10 @@ export class LiveProvider implements Provider {
           lost = 0;
           const told = JSON.parse(data) as unknown;
           if (event === "job") heard.job?.(told as Job);
-          else if (event === "token") heard.token?.((told as { text: string }).text);
+          else if (event === "token") {
+            const said = told as { text: string; at?: number };
+            heard.token?.(said.text, said.at);
+          }
           else if (event === "partial") heard.partial?.((told as { answers: Answer[] }).answers);
           else if (event === "end") return told as Job;
         }

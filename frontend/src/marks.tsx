@@ -1,4 +1,4 @@
-import { useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import { mark, marks, run } from "./store";
 import type { Action } from "./types";
 
@@ -13,12 +13,14 @@ export function Marks(props: { of: { id: string; number: number | null; title: s
   const marked = marks.value.get(props.of.id);
   const [asking, ask] = useState<"upweight" | "relabel" | null>(null);
   const [value, set] = useState("2");
+  const field = useRef<HTMLInputElement>(null);
+  useEffect(() => field.current?.select(), [asking]);
   const labelled = run.value?.task.includes("classif") ?? false;
   const submit = (event: Event) => {
     event.preventDefault();
     const number = Number(value);
-    if (asking === "upweight" && number >= 0) mark(props.of, "upweight", { weight: number });
-    if (asking === "relabel" && Number.isInteger(number)) mark(props.of, "relabel", { label: number });
+    if (asking === "upweight" && number > 0) mark(props.of, "upweight", { weight: number });
+    if (asking === "relabel" && Number.isInteger(number)) mark(props.of, "relabel", { label: String(number) });
     ask(null);
   };
   return (
@@ -41,7 +43,7 @@ export function Marks(props: { of: { id: string; number: number | null; title: s
         <form class="inline" onSubmit={submit}>
           <label>
             <span class="sr">{asking === "upweight" ? "Counts so many times" : "New label, a number"}</span>
-            <input type="number" min="0" max={asking === "upweight" ? 100 : undefined} step={asking === "upweight" ? "0.1" : "1"} value={value} required autofocus
+            <input type="number" min={asking === "upweight" ? "0.1" : "0"} max={asking === "upweight" ? 100 : undefined} step={asking === "upweight" ? "0.1" : "1"} value={value} required ref={field}
               onInput={(event) => set(event.currentTarget.value)} />
           </label>
           <button type="submit">Set</button>

@@ -3,7 +3,7 @@ import type {
 } from "./types";
 
 /** What became of a job since its stream was opened. */
-export type Heard = { job?: (job: Job) => void; token?: (text: string) => void; partial?: (answers: Answer[]) => void };
+export type Heard = { job?: (job: Job) => void; token?: (text: string, at: number | undefined) => void; partial?: (answers: Answer[]) => void };
 
 /** Where the page's data come from: a server on this machine, or the file the page stands in. */
 export interface Provider {

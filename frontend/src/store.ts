@@ -76,6 +76,8 @@ export const opened = signal<Opened | null>(null);
 // The change set.
 
 export const changes = signal<ChangeSet>({ name: "changes", changes: [] });
+/** Titles of the examples that were marked here, as they are shown. */
+export const titles = new Map<string, string>();
 export const drawer = signal(false);
 export const marks = computed(() => new Map(changes.value.changes.map((change) => [change.id, change])));
 const past = signal<ChangeSet[]>([]);
@@ -98,7 +100,8 @@ function keep(next: ChangeSet): void {
 }
 
 /** Mark an example, or take the mark off when it is the one it has. */
-export function mark(example: { id: string; number: number | null }, action: Action, more: { weight?: number; label?: number } = {}): void {
+export function mark(example: { id: string; number: number | null; title: string }, action: Action, more: { weight?: number; label?: string } = {}): void {
+  titles.set(example.id, example.title);
   const before = marks.value.get(example.id);
   const same = before?.action === action && before.weight === more.weight && before.label === more.label;
   const others = changes.value.changes.filter((c) => c.id !== example.id);
@@ -131,7 +134,7 @@ export function undo(): void {
 
 export function wording(change: Change): string {
   if (change.action === "upweight") return `counts ${change.weight ?? 2} times`;
-  if (change.action === "relabel") return `label ${change.label ?? 0}`;
+  if (change.action === "relabel") return `label ${change.label ?? "?"}`;
   return { remove: "remove", duplicate: "duplicate", keep: "keep" }[change.action];
 }
 
@@ -167,7 +170,7 @@ export function follow(job: Job): Promise<Job> {
             stages.add(stage.name);
           }
         },
-        token: (text) => heard(job.id, (before) => ({ text: before.text + text })),
+        token: (text, at) => heard(job.id, (before) => ({ text: [...before.text].slice(0, at).join("") + text })),
         partial: (answers) => heard(job.id, () => ({ answers })),
       },
       new AbortController().signal,

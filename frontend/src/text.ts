@@ -44,6 +44,16 @@ export function figure(value: number | null | undefined, digits = 3): string {
   return shown.replace("-", "−");
 }
 
+/** Decimals that give a number three significant digits. */
+export function decimals(size: number): number {
+  return size > 0 ? Math.min(Math.max(2 - Math.floor(Math.log10(size)), 0), 8) : 2;
+}
+
+/** A number with a set number of decimals, so that a column lines up. */
+export function fixed(value: number | null | undefined, digits: number): string {
+  return value === null || value === undefined || !Number.isFinite(value) ? "–" : value.toFixed(digits).replace("-", "−");
+}
+
 export function signed(value: number | null | undefined, digits = 3): string {
   return value !== null && value !== undefined && value > 0 ? `+${figure(value, digits)}` : figure(value, digits);
 }

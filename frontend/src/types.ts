@@ -154,7 +154,7 @@ export type CorpusSummary = {
 export type Example = { number: number; id: string; title: string; pieces: Piece[]; metadata: Pair[]; truncated: boolean };
 
 export type Action = "remove" | "duplicate" | "upweight" | "relabel" | "keep";
-export type Change = { id: string; number: number | null; action: Action; weight?: number; label?: number; note?: string };
+export type Change = { id: string; number: number | null; action: Action; weight?: number; label?: string; note?: string };
 export type ChangeSet = { name: string; changes: Change[] };
 
 export type VerificationRow = {

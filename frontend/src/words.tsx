@@ -11,22 +11,33 @@ export function Words(props: { text: string; chosen: Chosen; choose: (chosen: Ch
   const found = useMemo(() => words(text), [text]);
   const [cursor, move] = useState(0);
   const anchor = useRef(0);
+  const dragged = useRef(false);
   const id = useId();
 
   useEffect(() => {
     const selected = () => {
       const range = getSelection();
       if (!range || range.isCollapsed || !list.current?.contains(range.anchorNode) || !list.current.contains(range.focusNode)) return;
-      const touched = [...list.current.children].flatMap((word, i) => (range.containsNode(word, true) ? [i] : []));
+      const touched = [...list.current.querySelectorAll("[role=option]")].flatMap((word, i) => (range.containsNode(word, true) ? [i] : []));
       const [first, last] = [touched[0], touched.at(-1)];
       if (first !== undefined && last !== undefined) {
+        dragged.current = true;
         anchor.current = first;
         move(last);
         choose([first, last]);
       }
     };
+    // What was dragged over with a mouse is shown as chosen; a finger keeps its handles.
+    const released = (event: PointerEvent) => {
+      const range = getSelection();
+      if (event.pointerType === "mouse" && range && !range.isCollapsed && list.current?.contains(range.anchorNode)) range.removeAllRanges();
+    };
     document.addEventListener("selectionchange", selected);
-    return () => document.removeEventListener("selectionchange", selected);
+    document.addEventListener("pointerup", released);
+    return () => {
+      document.removeEventListener("selectionchange", selected);
+      document.removeEventListener("pointerup", released);
+    };
   }, [choose]);
 
   const to = (next: number, extend: boolean) => {
@@ -47,17 +58,18 @@ export function Words(props: { text: string; chosen: Chosen; choose: (chosen: Ch
     event.preventDefault();
   };
   const click = (i: number) => {
-    if (getSelection()?.isCollapsed === false) return; // a drag has chosen
+    if (dragged.current) return; // a drag has chosen
     move((anchor.current = i));
     choose(chosen?.[0] === i && chosen[1] === i ? null : [i, i]);
   };
   return (
-    <span ref={list} class="words" role="listbox" tabIndex={0} aria-multiselectable="true" aria-label="Words of the completion" aria-activedescendant={`${id}-${cursor}`} onKeyDown={key}>
-      {found.map((word, i) => (
+    <span ref={list} class="words" role="listbox" tabIndex={0} aria-multiselectable="true" aria-label="Words of the completion" aria-activedescendant={`${id}-${cursor}`} onKeyDown={key} onPointerDown={() => (dragged.current = false)}>
+      {found.map((word, i) => [
+        <span key={`${i}-gap`} role="presentation" class={within(i - 1, chosen) && within(i, chosen) ? "chosen" : undefined}>{visible(gap(word))}</span>,
         <span key={i} id={`${id}-${i}`} role="option" aria-selected={within(i, chosen)} class={`word${within(i, chosen) ? " chosen" : ""}${i === cursor ? " cursor" : ""}`} onClick={() => click(i)}>
-          {visible(word.text)}
-        </span>
-      ))}
+          {visible(word.text.slice(gap(word).length))}
+        </span>,
+      ])}
     </span>
   );
 }
@@ -67,7 +79,11 @@ export function spanOf(text: string, chosen: Chosen): [number, number] | null {
   const found: Word[] = words(text);
   const [first, last] = chosen ? [found[chosen[0]], found[chosen[1]]] : [];
   if (!first || !last) return null;
-  return [first.start + (first.text.length - first.text.trimStart().length), last.stop];
+  return [first.start + gap(first).length, last.stop];
+}
+
+function gap(word: Word): string {
+  return word.text.slice(0, word.text.length - word.text.trimStart().length);
 }
 
 function ordered(a: number, b: number): [number, number] {
