@@ -94,7 +94,7 @@ function Filters(props: { answer: Answer; columns: Record<string, string[]>; fil
   const { answer, filter, set } = props;
   const cards = answer.sides.flatMap((side) => side.cards);
   const sources = [...new Set(cards.map((card) => card.source).filter((s): s is string => s !== null))].sort();
-  const columns = Object.entries(props.columns).filter(([, values]) => values.length > 1);
+  const columns = Object.entries(props.columns).filter(([name, values]) => values.length > 1 && name !== answer.source_column);
   const judged = cards.some((card) => card.significant !== null);
   return (
     <form class="filters" role="search" aria-label="Filter the examples" onSubmit={(event) => event.preventDefault()}>

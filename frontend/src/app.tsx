@@ -17,11 +17,17 @@ const PAGES: [string, string][] = [["ask", "Ask"], ["evidence", "Evidence"], ["v
 export function App() {
   const page = route.value.path[0] ?? (provider.live ? "ask" : "evidence");
   useKeys();
+  const lost = provider.live && connection.value === "lost";
+  useEffect(() => {
+    if (!lost) return undefined;
+    const timer = setInterval(() => void readRun().catch(() => undefined), 3000); // a request that succeeds ends it
+    return () => clearInterval(timer);
+  }, [lost]);
   return (
     <>
       <a class="skip" href="#main" onClick={(event) => { event.preventDefault(); document.getElementById("main")?.focus(); }}>Skip to the content</a>
       <Top page={page} />
-      {provider.live && connection.value === "lost" && <p class="banner" role="alert">The server does not answer. What is here stays; it is asked again while a job runs. Is <code>headwater serve</code> still running? <button type="button" class="link" onClick={() => void readRun().catch(() => undefined)}>Try again</button></p>}
+      {lost && <p class="banner" role="alert">The server does not answer. What is here stays, and it is asked again every few seconds. Is <code>headwater serve</code> still running?</p>}
       {trouble.value && <p class="banner" role="alert">{trouble.value} <button type="button" class="link" onClick={() => (trouble.value = "")}>Dismiss</button></p>}
       <div class={`frame${drawer.value ? " with-drawer" : ""}`}>
         <main id="main" tabIndex={-1}>
@@ -48,7 +54,7 @@ function Top(props: { page: string }) {
       <nav class="pages" aria-label="Pages">
         <ul>{PAGES.map(([path, name]) => <li key={path}><a href={address([path])} aria-current={props.page === path ? "page" : undefined}>{name}</a></li>)}</ul>
       </nav>
-      {working && <a class="working" href={address([working.kind === "verify" ? "verify" : working.kind === "survey" ? "corpus" : "ask"], working.kind === "trace" ? { job: working.id } : {})}><span class="pulse" />{working.state === "running" ? "working" : "waiting"}</a>}
+      {working && <a class="working" href={address([working.kind === "verify" ? "verify" : working.kind === "survey" ? "corpus" : "ask"], working.kind === "trace" || working.kind === "timeline" ? { job: working.id } : {})}><span class="pulse" />{working.state === "running" ? "working" : "waiting"}</a>}
       <button type="button" class="quiet changes-button" aria-expanded={drawer.value} aria-controls="drawer" onClick={() => (drawer.value = !drawer.value)}>Changes{n > 0 && <span class="count num">{n}</span>}</button>
     </header>
   );

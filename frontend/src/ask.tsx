@@ -37,6 +37,7 @@ function Form(props: { run: RunOverview }) {
   const [rather, setRather] = useState("");
   const [source, setSource] = useState(props.run.columns[0] ?? "");
   const [depth, setDepth] = useState<"quick" | "thorough">(props.run.has.index ? "quick" : "thorough");
+  const [top, setTop] = useState<"8" | "16" | "32">("8");
   const [compare, setCompare] = useState(true);
   const [chat, setChat] = useState(false);
   const [completing, setCompleting] = useState<string | null>(null);
@@ -73,8 +74,13 @@ function Form(props: { run: RunOverview }) {
   const trace = () => attempt(async () => {
     const job = await start({
       kind: "trace", prompt, completion, rather_than: rather.trim() ? rather : null, span: span && inCharacters(completion, span),
-      chat, source: source || null, top: 8, thorough: depth === "thorough", compare, where: [],
+      chat, source: source || null, top: Number(top), thorough: depth === "thorough", compare, where: [],
     });
+    setTracing(job.id);
+    turn(["ask"], { job: job.id });
+  });
+  const learnt = () => attempt(async () => {
+    const job = await start({ kind: "timeline", prompt, completion, segments: 3 });
     setTracing(job.id);
     turn(["ask"], { job: job.id });
   });
@@ -122,6 +128,7 @@ function Form(props: { run: RunOverview }) {
             {props.run.columns.length > 0 && (
               <Choice label="Totals by" value={source} onChange={setSource} options={[...props.run.columns.map((c) => [c, c] as const), ["", "nothing"]]} />
             )}
+            <Choice label="Examples a side" value={top} onChange={setTop} options={[["8", "8"], ["16", "16"], ["32", "32"]]} />
             <fieldset class="depth">
               <legend>Look at</legend>
               <label class="check"><input type="radio" name="depth" checked={depth === "quick"} disabled={!props.run.has.index} onChange={() => setDepth("quick")} /><span>the index first{!props.run.has.index && <small class="soft"> (this run has none)</small>}</span></label>
@@ -130,6 +137,7 @@ function Form(props: { run: RunOverview }) {
             <Check label="compare with BM25 and embeddings" checked={compare} onChange={setCompare} />
             <div class="buttons">
               <button type="button" class="primary" onClick={() => void trace()}>Trace</button>
+              {props.run.has.trajectory && <button type="button" onClick={() => void learnt()}>When was it learnt?</button>}
             </div>
           </div>
         )}
@@ -143,7 +151,9 @@ function Form(props: { run: RunOverview }) {
 function Tracing(props: { id: string }) {
   const followed = jobs.value[props.id];
   const name = followed?.job.state === "done" ? followed.job.result?.trace : undefined;
+  const timeline = followed?.job.result?.timeline;
   const [trace, set] = useState<Trace | null>(null);
+  useEffect(() => void (timeline && attempt(async () => void (await readRun()))), [timeline]);
   useEffect(() => {
     if (name) void attempt(async () => {
       set(await readTrace(name));
@@ -155,6 +165,7 @@ function Tracing(props: { id: string }) {
   return (
     <section class="tracing" aria-label="The trace">
       <JobView job={followed.job} />
+      {timeline && <p><a class="button" href={address(["timeline", timeline])}>See when it was learnt</a></p>}
       {answers.length > 0 && (
         <>
           <h2 class="eyebrow">
@@ -171,7 +182,7 @@ function Tracing(props: { id: string }) {
 
 function History(props: { run: RunOverview }) {
   const asked = props.run.traces.flatMap((trace) => trace.asked.map((a, i) => ({ ...a, name: trace.name, at: i + 1 }))).reverse();
-  const running = Object.values(jobs.value).map((f) => f.job).filter((job): job is Job => job.kind === "trace" && job.state !== "done");
+  const running = Object.values(jobs.value).map((f) => f.job).filter((job): job is Job => (job.kind === "trace" || job.kind === "timeline") && job.state !== "done");
   if (!asked.length && !running.length) return null;
   return (
     <section class="history" aria-label="Asked before">

@@ -43,7 +43,7 @@ export function Drawer() {
         <>
           <div class="buttons">
             <button type="button" class="primary" onClick={() => void attempt(download)}>Export</button>
-            {provider.live && (
+            {provider.live && run.value?.has.finetuned && (
               <button type="button" disabled={effective === 0} onClick={() => void attempt(async () => {
                 await start({ kind: "verify", trace: lastTrace ?? run.value?.traces.at(-1)?.name ?? null, changes: changes.value, seeds: 1 });
                 go(["verify"]);
@@ -51,9 +51,11 @@ export function Drawer() {
             )}
           </div>
           <p class="small soft">
-            {count(list.length, "example")} marked{effective < list.length && `, ${list.length - effective} of them to keep as they are`}. Verify trains again with the change and with as many examples changed at random, and compares what was predicted with what happened. With the exported file:
+            {count(list.length, "example")} marked{effective < list.length && `, ${list.length - effective} of them to keep as they are`}. {run.value?.has.finetuned
+              ? "Verify trains again with the change and with as many examples left out at random, and compares what was predicted with what happened. With the exported file:"
+              : "A model that headwater finetune trained can be trained again with the change, and compared. With the exported file:"}
           </p>
-          <Command line={`headwater verify --run RUN --changes ${fileName()}`} />
+          <Command line={`headwater verify RUN --name ${lastTrace ?? "TRACE"} --changes ${fileName()}`} />
           <Command line={`headwater finetune --changes ${fileName()} …`} />
         </>
       )}

@@ -2,7 +2,6 @@ import { useEffect } from "preact/hooks";
 import { AnswerView } from "./answer";
 import { address, route, go } from "./route";
 import { attempt, provider, readTrace, run, start } from "./store";
-import { count } from "./text";
 import type { RunOverview, Trace } from "./types";
 import { Await, Bar, Choice, Command, Empty, Facts, Title, useLoad } from "./ui";
 
@@ -46,7 +45,7 @@ function Shown(props: { trace: Trace; names: string[]; at: number }) {
       )}
       <div class="toolbar">
         {names.length > 1 && <Choice label="Trace" value={trace.name} onChange={(name) => go(["evidence", name])} options={names.map((n) => [n, n] as const)} />}
-        {provider.live && run.value && trace.answers.length > 0 && (
+        {provider.live && run.value?.has.finetuned && trace.answers.length > 0 && (
           <button type="button" class="quiet" onClick={() => void attempt(async () => {
             await start({ kind: "verify", trace: trace.name, top: 10 });
             go(["verify"]);
@@ -105,8 +104,4 @@ export function Guide() {
       </details>
     </section>
   );
-}
-
-export function tracesTold(run: RunOverview): string {
-  return count(run.traces.length, "trace");
 }
