@@ -14,7 +14,7 @@ export function EvidencePage(props: { run: RunOverview }) {
       <>
         <Title>Evidence</Title>
         <Empty title="Nothing has been traced in this run yet.">
-          {provider.live ? <p><a class="button" href={address(["ask"])}>Ask a question</a></p> : <Command line="headwater trace --run RUN --prompt “…”" />}
+          {provider.live ? <p><a class="button" href={address(["ask"])}>Ask a question</a></p> : <Command line="headwater trace RUN --prompt “…”" />}
         </Empty>
       </>
     );

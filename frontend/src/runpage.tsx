@@ -43,7 +43,7 @@ export function RunPage(props: { run: RunOverview }) {
         <h2 class="h3">Traces</h2>
         {run.traces.length ? (
           <ul class="plain-list">{run.traces.map((t) => <li key={t.name}><a href={address(["evidence", t.name])}>{t.name}</a><span class="soft">{count(t.asked.length, "question")}</span></li>)}</ul>
-        ) : <Empty title="No trace yet."><Command line="headwater trace --run RUN --prompt “…”" /></Empty>}
+        ) : <Empty title="No trace yet."><Command line="headwater trace RUN --prompt “…”" /></Empty>}
       </section>
       <section>
         <h2 class="h3">Timelines</h2>
@@ -83,7 +83,7 @@ export function TimelinePage(props: { run: RunOverview }) {
     <>
       <Title>When it was learnt</Title>
       <Await of={loaded} lines={7}>
-        {(found) => found ? <Shown of={found} /> : <Empty title="There is no timeline in this run."><Command line="headwater timeline --run RUN --prompt “…”" /></Empty>}
+        {(found) => found ? <Shown of={found} /> : <Empty title="There is no timeline in this run."><Command line="headwater timeline RUN --prompt “…”" /></Empty>}
       </Await>
     </>
   );

@@ -24,7 +24,7 @@ export function VerifyPage(props: { run: RunOverview }) {
       )}
       {id ? <One key={`${id} ${finished}`} id={id} /> : !shown.length && (
         <Empty title="Nothing has been verified in this run yet.">
-          {provider.live ? <p>Mark examples under Evidence and press Verify in the change set.</p> : <Command line="headwater verify --run RUN --name TRACE" />}
+          {provider.live ? <p>Mark examples under Evidence and press Verify in the change set.</p> : <Command line="headwater verify RUN --name TRACE" />}
         </Empty>
       )}
     </>
