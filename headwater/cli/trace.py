@@ -1,16 +1,18 @@
 """`headwater trace`: which training examples raised or lowered a completion."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from headwater.cli.common import progress_bar, run_session, say
+from headwater.cli.common import Opened, progress_bar, run_session, say
 from headwater.cli.flags import parse
 from headwater.cli.question import Question, as_asked, asked_queries, check_name, record_answer
 
 if TYPE_CHECKING:
+    from headwater.core.capture import Progress
     from headwater.core.evidence import Evidence
 
 CANDIDATES = 300
@@ -113,7 +115,14 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
+def trace(
+    command: Trace,
+    *,
+    quiet: bool = False,
+    opened: Opened | None = None,
+    progress: "Progress | None" = None,
+    partial: "Callable[[Evidence], None] | None" = None,
+) -> tuple["Evidence", Path]:
     """Trace, save the evidence and its page, and return both. A finished trace of the same question is read."""
     from headwater.core.distributed import current
     from headwater.core.evidence import Evidence
@@ -133,7 +142,8 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     world = current()
     if world.agreed(known):
         return Evidence.load(folder), page
-    evidence = _trace(command, {"question": digest}, quiet=quiet)
+    with progress_bar(quiet=quiet, to=progress) as bar:
+        evidence = _trace(command, {"question": digest}, opened, bar)
 
     def save() -> None:
         evidence.save(folder)
@@ -153,14 +163,19 @@ def _indexes(command: Trace) -> list[str]:
     return journal_digests(command.run)
 
 
-def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
+def _trace(
+    command: Trace,
+    facts: dict[str, Any],
+    opened: Opened | None,
+    progress: "Progress | None",
+) -> "Evidence":
     from headwater.core.cost import peak_memory_bytes
     from headwater.core.fit import load
     from headwater.core.task import CausalLM
     from headwater.report.explain import explain
     from headwater.trace.influence import Influence
 
-    session, record = run_session(command.run)
+    session, record = opened or run_session(command.run)
     fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
     queries = asked_queries(command, session, command.rather_than)
     method, control = Influence(**asdict(command.method), n_intervals=command.top), session.heldout
@@ -176,19 +191,18 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
         "corpus": "/".join(Path(record["fit"]["data"]).parts[-2:]),
         "command": f"headwater trace {command.run}",
     }
-    with progress_bar(quiet=quiet) as progress:
-        evidence = explain(
-            fitted,
-            queries,
-            influence=method,
-            measurement=command.measurement,
-            top=command.top,
-            control=control,
-            source=command.source,
-            contrast=bool(command.rather_than),
-            facts=known | facts,
-            progress=progress,
-        )
+    evidence = explain(
+        fitted,
+        queries,
+        influence=method,
+        measurement=command.measurement,
+        top=command.top,
+        control=control,
+        source=command.source,
+        contrast=bool(command.rather_than),
+        facts=known | facts,
+        progress=progress,
+    )
     if command.index and not command.rescore:
         return evidence
     seconds = {"fit": fitted.facts["seconds"], "trace": evidence.facts["seconds"]}

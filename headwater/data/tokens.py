@@ -119,6 +119,10 @@ class TextExamples(Examples):
         """The text of each token; joined, they are the text that the model read."""
         return pieces(self.tokenizer, self.input_ids[index].tolist())
 
+    def text(self, index: int) -> str:
+        """The text that the model read, at once."""
+        return _decode(self.tokenizer, self.input_ids[index].tolist())
+
 
 def joined(parts: Sequence[TextExamples], *, ids: Sequence[str] | None = None) -> TextExamples:
     """Examples of several sources one after the other; columns that a source lacks are None there.

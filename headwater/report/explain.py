@@ -16,11 +16,10 @@ from headwater.core.fit import Fit
 from headwater.core.follow import evaluation_mode
 from headwater.core.provenance import papers, versions
 from headwater.core.scores import Scores
+from headwater.report.text import NOISE_LEVEL
 from headwater.trace.cascade import Cascade
 from headwater.trace.indexed import Indexed
 from headwater.trace.influence import Influence
-
-NOISE_LEVEL = 0.05  # a rank counts as told apart from noise below this p-value
 
 
 class Readable(Protocol):

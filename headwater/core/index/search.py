@@ -21,6 +21,7 @@ _BLOCK_BYTES = (
     1 << 22
 )  # of decoded rows: they stay in the processor's cache until they are multiplied
 _SCORE_ROWS = 1 << 13
+_NEAR = 1 << 10  # rows held against all others at once
 
 
 def lengths(stored: StoredRows, mode: Mode) -> Float[Tensor, " row"] | None:
@@ -208,19 +209,30 @@ def clusters(
         >>> clusters(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), least=0.999).tolist()
         [0, 1, 0]
     """
-    unit = divided(rows, rows.norm(dim=1, keepdim=True))
-    near = unit @ unit.mT >= least
+    first = torch.arange(len(rows))
     same: dict[Any, int] = {}
     for i, what in enumerate(content or []):
-        near[i, same.setdefault(what, i)] = near[same[what], i] = True
-    near.fill_diagonal_(True)
-    first = torch.arange(len(rows))
-    for _ in range(len(rows)):  # labels spread along near pairs until none falls
-        lower = torch.where(near, first[None], len(rows)).amin(1)
-        if torch.equal(lower, first):
-            break
-        first = lower
+        first[i] = same.setdefault(what, i)
+    unit = divided(rows, rows.norm(dim=1, keepdim=True))
+    for start in range(0, len(rows), _NEAR):
+        block = slice(start, start + _NEAR)
+        near = (unit[block] @ unit[start:].mT >= least) & (
+            first[block, None] != first[None, start:]
+        )
+        first = _united(first, start + near.nonzero().mT)
     return first
+
+
+def _united(first: Int[Tensor, " n"], pairs: Int[Tensor, "2 m"]) -> Int[Tensor, " n"]:
+    """Groups, each named by its first member, with those of each pair made one."""
+    while True:
+        names = first[pairs]
+        lower = names.amin(0).expand(2, -1)
+        first = first.scatter_reduce(0, names.flatten(), lower.flatten(), "amin")
+        while not torch.equal(first, first[first]):
+            first = first[first]
+        if torch.equal(*first[pairs]):
+            return first
 
 
 def shown_once(
