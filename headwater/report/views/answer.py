@@ -58,17 +58,13 @@ def trace_view(
 
 def harmless(value: Any) -> Any:
     """The same value as JSON has it, with every string made visible but for the ids of examples."""
-    return _visible(plain(value))
-
-
-def _visible(value: Any) -> Any:
     if isinstance(value, str):
         return str(value) if isinstance(value, Named) else text.visible(value)
-    if isinstance(value, list):
-        return [_visible(v) for v in value]
+    if isinstance(value, list | tuple):
+        return [harmless(v) for v in value]
     if isinstance(value, dict):
-        return {text.visible(k): _visible(v) for k, v in value.items()}
-    return value
+        return {text.visible(str(k)): harmless(v) for k, v in value.items()}
+    return plain(value)
 
 
 @dataclass(frozen=True)
@@ -360,7 +356,7 @@ def _shares(layers: Mapping[str, float]) -> list[dict[str, Any]]:
 
 def _rankings(answer: Answer, known: _Known) -> list[dict[str, Any]]:
     """The same question under other methods, each with the ids that the others list too."""
-    rankings = list(getattr(answer, "rankings", ()))
+    rankings: list[Any] = list(getattr(answer, "rankings", ()))
     listed = {r.method: {x.example_id for x in r.examples} for r in rankings}
     return [
         {
