@@ -23,8 +23,12 @@ COMMANDS: dict[str, str] = {
     "calibrate": "how sure one may be: hedged probabilities, claims with a bound on false ones",
     "forget": "edit weights so that the model recites less, and take it back exactly",
     "bench": "measure attribution methods against retraining, on real data",
+<<<<<<< HEAD
     "survey": "look at every training example once: self-influence, outliers, near-duplicates",
     "report": "write the evidence page of a run as one file that needs no server",
+=======
+    "serve": "open a local page over a run: ask, look, mark examples, verify",
+>>>>>>> a1fccd7aa04d5f5c20db4c6e1754a4dc8f64ebb5
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",
     "cite": "BibTeX for what a run used",
@@ -35,6 +39,8 @@ TOGETHER = (
     "index build",
     "index add",
 )  # what several processes share under torchrun
+
+ELSEWHERE = {"serve": "headwater.web.serve"}  # commands of a layer above this one, by name only
 
 HELP = """usage: headwater COMMAND ...
 
@@ -50,6 +56,7 @@ examples:
   headwater timeline runs/mine --prompt "The river rises in"
   headwater adapt quip runs/mine --bits 3 --out runs/small
   headwater audit runs/mine
+  headwater serve runs/mine
   headwater verify runs/mine
   headwater report runs/mine
 
@@ -83,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from headwater.cli.common import guarded, one_voice
 
     def run() -> int:
-        return import_module(f"headwater.cli.{words[0]}").run(words[1:])
+        place = ELSEWHERE.get(words[0], f"headwater.cli.{words[0]}")
+        return import_module(place).run(words[1:])
 
     name = " ".join(words[: 1 + (words[0] in ("adapt", "calibrate", "forget", "index"))])
     return guarded(lambda: one_voice(run, name, shared=name in TOGETHER))

@@ -78,21 +78,7 @@ def write_json(path: str | Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: str | Path, content: str) -> Path:
-    """Write a text file whole or not at all; half surrogate pairs are replaced."""
-    path = Path(path)
-    data = content.encode("utf-8", "replace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = sibling(path, f"partial-{token_hex(4)}")
-    try:
-        with disk_room(path.parent, len(data)):
-            partial.write_bytes(data)
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
+<<<<<<< HEAD
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
