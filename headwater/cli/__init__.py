@@ -23,12 +23,9 @@ COMMANDS: dict[str, str] = {
     "calibrate": "how sure one may be: hedged probabilities, claims with a bound on false ones",
     "forget": "edit weights so that the model recites less, and take it back exactly",
     "bench": "measure attribution methods against retraining, on real data",
-<<<<<<< HEAD
     "survey": "look at every training example once: self-influence, outliers, near-duplicates",
     "report": "write the evidence page of a run as one file that needs no server",
-=======
     "serve": "open a local page over a run: ask, look, mark examples, verify",
->>>>>>> a1fccd7aa04d5f5c20db4c6e1754a4dc8f64ebb5
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",
     "cite": "BibTeX for what a run used",
