@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,13 +79,17 @@ class Work:
 
         session, _ = self.opened(report)
         report.progress(0, ask.max_new_tokens, "completing")
+        streams = "on_text" in signature(generate).parameters
+        options: dict[str, Any] = {"on_text": report.text} if streams else {}
         said = generate(
             session.language,
             ask.prompt,
             max_new_tokens=ask.max_new_tokens,
             chat=ask.chat,
-            on_text=report.text,
+            **options,
         )
+        if not streams:
+            report.text(said)
         return {"completion": said}
 
     def trace(self, ask: asks.Trace, report: "Report") -> dict[str, Any]:
