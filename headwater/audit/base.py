@@ -1,9 +1,11 @@
 """What an audit gives: one row for each training example, what was found in words, and what it cost.
 
 Columns have the names that users of cleanlab know: `label_score` in [0, 1], low where the label is doubtful,
-`is_label_issue`, `given_label`, `predicted_label`, `ood_score`, `is_outlier_issue`.
+`is_label_issue`, `given_label`, `predicted_label`, `ood_score`, `is_outlier_issue`. Where there are no classes the
+first two are about the texts, or the targets; `Findings.judged` says which.
 """
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from headwater.core.files import write_bytes
 from headwater.core.fit import Fit
 from headwater.core.scores import from_table, to_table
 from headwater.core.store import Artifact, ArtifactWriter
@@ -146,6 +149,16 @@ class Findings:
         return sum((s.passes for s in self.sections), Passes())
 
     @property
+    def judged(self) -> str:
+        """What `label_score` is about, as people call it: labels, or texts or targets where there are no classes."""
+        return self.facts.get("judged", "labels")
+
+    @property
+    def verdict(self) -> str:
+        """What those that are marked are held to be."""
+        return verdict(self.judged)
+
+    @property
     def issues(self) -> list[int]:
         """Numbers of the examples whose labels are held to be wrong, the most doubtful first.
 
@@ -212,7 +225,7 @@ class Findings:
         return pandas.DataFrame(self.table() | more)
 
     def write(self, path: str | Path) -> Path:
-        """Write the table as Parquet or CSV, by the name's ending.
+        """Write the table as Parquet or CSV, by the name's ending, whole or not at all.
 
         Raises:
             ValueError: The ending is neither.
@@ -224,12 +237,12 @@ class Findings:
         path = Path(path)
         if path.suffix not in (".parquet", ".csv"):
             raise ValueError(f"Expected a name that ends in .parquet or .csv; got {path.name!r}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = pyarrow.table(self.table())
+        table, content = pyarrow.table(self.table()), io.BytesIO()
         if path.suffix == ".csv":
-            pyarrow.csv.write_csv(table, path)
+            pyarrow.csv.write_csv(table, content)
         else:
-            pyarrow.parquet.write_table(table, path)
+            pyarrow.parquet.write_table(table, content)
+        write_bytes(path, content.getvalue())
         return path
 
     def save(self, folder: str | Path) -> None:
@@ -272,6 +285,11 @@ class Auditor(ABC):
     @abstractmethod
     def audit(self, fit: Fit) -> Findings:
         """Return `Findings` with a row for each training example."""
+
+
+def verdict(judged: str) -> str:
+    """A label is wrong; of a text or a target one can doubt that it belongs there."""
+    return "wrong" if judged == "labels" else "doubtful"
 
 
 def marked(suspicion: Tensor, n: int) -> Bool[Tensor, " train"]:

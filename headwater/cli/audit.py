@@ -1,6 +1,8 @@
 """`headwater audit`: which labels, texts and inputs of the training data are wrong or odd, read off the fit."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +44,7 @@ class Audit:
         sample: Draw so many examples for a person to verify, into a .csv file in the run folder.
         sample_seed: Seed of the draw.
         among: With --sample and --verified: draw, and claim, among so many of the most doubtful examples only.
-        issues: Mark so many labels, in place of the number that the probabilities suggest.
+        issues: Mark so many labels, or texts, in place of the number that the probabilities suggest.
         measures: Names of the measures to take; every one that can be taken when left out.
         combine: Names of the measures whose ranks are averaged.
         sections: What else to look at: outliers, memorization (of texts), structure (of the weights).
@@ -141,13 +143,27 @@ def audit(command: Audit, *, quiet: bool = False) -> "Findings":
     found = kept if verified is None else _controlled(command, kept, verified)
     found.write(place.with_name(f"{command.name}.parquet"))
     found.write(place.with_name(f"{command.name}.csv"))
-    changes = place.with_name(f"{command.name}.{CHANGES}")
-    found.change_set(name=f"audit {command.name}").save(changes)
+    _write_changes(found, place.with_name(f"{command.name}.{CHANGES}"), f"audit {command.name}")
     write_findings(found, place.with_name(f"{command.name}.html"))
     if (command.run / RUN).is_file():
         recorded = {k: v for k, v in to_json(command).items() if k not in ("json", "run")}
         record_answer(command.run, AUDITS, command.name, recorded)
     return found
+
+
+def _write_changes(found: "Findings", path: Path, name: str) -> None:
+    """Write what to do; another change set that is there, perhaps edited by a person, is kept under a number."""
+    from headwater.core.files import ArtifactError, read_json
+
+    changes = found.change_set(name=name)
+    with suppress(ArtifactError):
+        if read_json(path) == changes.content():
+            return
+    if path.exists():
+        free = next(p for n in count(1) if not (p := path.with_suffix(f".{n}.json")).exists())
+        path.replace(free)
+        say(f"  {path.name} was another; it is kept as {free.name}")
+    changes.save(path)
 
 
 # Options that do not change what is measured, but what is made of it.

@@ -118,14 +118,11 @@ def _complexities(command: Hedge) -> "dict[str, Complexity]":
 
 def _write(path: Path, found: "Complexity", hedged: "Predictions") -> None:
     """A table, one row an example, whole or not at all."""
-    from headwater.core.files import sibling
+    from headwater.core.files import write_bytes
 
     columns = found.table() | hedged.table()
     text = io.StringIO(newline="")
     rows = csv.writer(text)
     rows.writerow(columns)
     rows.writerows(zip(*columns.values(), strict=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = sibling(path, "partial")
-    partial.write_text(text.getvalue(), encoding="utf-8", newline="")
-    partial.replace(path)
+    write_bytes(path, text.getvalue().encode())

@@ -78,6 +78,23 @@ def write_json(path: str | Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file, whole or not at all; what a killed writer left beside it is used up by the next."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = sibling(path, "partial")
+    try:
+        with disk_room(path.parent, len(content)):
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 

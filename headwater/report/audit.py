@@ -33,7 +33,6 @@ _BESIDE = {
 # Short heads of columns, as the terminal is narrow.
 _HEADS = {
     "label_score": "score",
-    "is_label_issue": "wrong",
     "given_label": "given",
     "predicted_label": "predicted",
     "self_influence": "self-influence",
@@ -66,7 +65,8 @@ def rows(
     wanted = _BESIDE.get(section.name, section.columns)
     heads = [name for name in wanted if name in findings.columns]
     chosen = findings.top(top) if section.name == "labels" else section.shown[:top]
-    titles = [_HEADS.get(name, name.replace("_", " ")) for name in heads]
+    named = _HEADS | {"is_label_issue": findings.verdict}
+    titles = [named.get(name, name.replace("_", " ")) for name in heads]
     return titles, [
         Row(
             text.shortened(findings.ids[i], _NAME),
@@ -141,7 +141,10 @@ def render_findings(findings: Findings, *, top: int = _PAGE_TOP) -> str:
         n=f"{len(findings):,}",
         headlines=[
             ("Training examples", f"{len(findings):,}"),
-            ("Labels held to be wrong", f"{len(findings.issues):,}"),
+            (
+                f"{findings.judged.capitalize()} held to be {findings.verdict}",
+                f"{len(findings.issues):,}",
+            ),
             ("Cost beyond the fit", str(findings.passes)),
         ],
         sections=[_section(findings, section, top) for section in findings.sections],

@@ -7,11 +7,11 @@ sheet, named by its hash, and nothing else.
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from headwater.core.evidence import Evidence
+from headwater.core.files import write_bytes
 from headwater.extras import require
 from headwater.report import text
 from headwater.report.views.answer import LEVELS, Scale, heat_class, scale_for, trace_view
@@ -38,10 +38,7 @@ def write_html(evidence: Evidence, path: str | Path) -> Path:
 def write_page(path: str | Path, content: str) -> Path:
     """Write a page whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+    write_bytes(path, content.encode())
     return path
 
 
