@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,17 +78,13 @@ class Work:
 
         session, _ = self.opened(report)
         report.progress(0, ask.max_new_tokens, "completing")
-        streams = "on_text" in signature(generate).parameters
-        options: dict[str, Any] = {"on_text": report.text} if streams else {}
         said = generate(
             session.language,
             ask.prompt,
             max_new_tokens=ask.max_new_tokens,
             chat=ask.chat,
-            **options,
+            on_text=report.text,
         )
-        if not streams:
-            report.text(said)
         return {"completion": said}
 
     def trace(self, ask: asks.Trace, report: "Report") -> dict[str, Any]:
