@@ -44,7 +44,7 @@ KIND = "survey"
 NEAR = 0.999  # cosine of rows from which examples count as near-duplicates
 MOST_ROWS = 20_000  # rows that are held against one another: the time grows with their square
 _EXCERPT = 300  # characters
-_GROUP = 256  # texts that are read together
+GROUP = 256  # texts that are read together
 _SOURCES = range(2, 201)  # distinct values of a column that examples can be totalled by
 
 
@@ -137,10 +137,10 @@ class Survey(Shown):
         made_from = self.facts.get("made_from", {})
         with ArtifactWriter(folder, kind=KIND, facts=facts, made_from=made_from) as writer:
             writer.table("examples", _examples_table(self.table()))
-            writer.table("train", _metadata_table(self.ids, self.metadata), group=_GROUP)
+            writer.table("train", _metadata_table(self.ids, self.metadata), group=GROUP)
             if self.texts is not None:
                 texts = {"text": [_storable(t) for t in self.texts]}
-                writer.table("texts", texts, compression="zstd", group=_GROUP)
+                writer.table("texts", texts, compression="zstd", group=GROUP)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Survey":

@@ -24,6 +24,8 @@ COMMANDS: dict[str, str] = {
     "forget": "edit weights so that the model recites less, and take it back exactly",
     "bench": "measure attribution methods against retraining, on real data",
     "serve": "open a local page over a run: ask, look, mark examples, verify",
+    "survey": "look at every training example once: self-influence, outliers, near-duplicates",
+    "report": "write the evidence page of a run as one file that needs no server",
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",
     "cite": "BibTeX for what a run used",
@@ -53,6 +55,7 @@ examples:
   headwater audit runs/mine
   headwater serve runs/mine
   headwater verify runs/mine
+  headwater report runs/mine
 
 Every command has --help, and --json for machines. fit, index build and trace run on several processes or machines:
   torchrun --nproc-per-node 2 -m headwater fit path/to/model data.jsonl --out runs/mine

@@ -94,6 +94,8 @@ def visible(text: str) -> str:
         >>> visible("a\x00b\u202ec")
         'a⟨NUL⟩b⟨RLO⟩c'
     """
+    if text.isprintable():  # nothing to show otherwise
+        return text
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.audit.survey import KIND, excerpt, likely_source
+from headwater.audit.survey import GROUP, KIND, excerpt, likely_source
 from headwater.core.display import title_of
 from headwater.core.evidence import Evidence
 from headwater.core.files import ArtifactError, ArtifactMissing
@@ -27,6 +27,7 @@ FOLDER = "corpus"
 SORTS = ("number", "length", "loss", "self_influence")
 MOST = 500  # rows of a page
 TEXT = 100_000  # characters of an example that are shown
+_HELD = 8  # searches, and groups of texts, that are kept at hand
 _BINS, _SHOWN, _MEMBERS, _KINDS = 40, 50, 20, 200
 
 
@@ -49,18 +50,34 @@ class _Known:
     artifact: Artifact | None = None
     texts: Mapping[int, str] = field(default_factory=dict)
     metadata: Mapping[int, dict[str, Any]] = field(default_factory=dict)
-    _orders: dict[str, np.ndarray] = field(default_factory=dict)
+    _orders: dict[tuple[str, bool], np.ndarray] = field(default_factory=dict)
     _found: dict[Any, np.ndarray] = field(default_factory=dict)
+    _parts: dict[tuple[str, int], Any] = field(default_factory=dict)
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, NaN where one is missing."""
         return self.table.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
 
-    def order(self, name: str) -> np.ndarray:
-        """Rows by a column, the lowest first; equal ones as they stand, missing ones last."""
-        if name not in self._orders:
-            self._orders[name] = np.argsort(self.column(name), kind="stable")
-        return self._orders[name]
+    def order(self, name: str, *, descending: bool = False) -> np.ndarray:
+        """Rows by a column; equal ones as they stand, missing ones last."""
+        if (name, descending) not in self._orders:
+            values = self.column(name)
+            self._orders[name, descending] = np.argsort(
+                -values if descending else values, kind="stable"
+            )
+        return self._orders[name, descending]
+
+    def stored(self, table: str, place: int) -> dict[str, Any]:
+        """A row of a table of the survey; those that were stored with it are at hand for the next."""
+        assert self.artifact is not None
+        start = place - place % GROUP
+        part = self._parts.get((table, start))
+        if part is None:
+            part = self.artifact.rows(table, start, start + GROUP)
+            while len(self._parts) >= _HELD:
+                self._parts.pop(next(iter(self._parts)), None)
+            self._parts[table, start] = part
+        return part.slice(place - start, 1).to_pylist()[0]
 
     def matching(self, source: str | None, search: str | None) -> np.ndarray | None:
         """Which rows have a source and hold a text; None for all."""
@@ -68,9 +85,11 @@ class _Known:
         if key == (None, None):
             return None
         if key not in self._found:
-            while len(self._found) >= 8:
-                self._found.pop(next(iter(self._found)))
-            self._found[key] = self._match(source, search)
+            found = self._match(source, search)
+            while len(self._found) >= _HELD:
+                self._found.pop(next(iter(self._found)), None)
+            self._found[key] = found
+            return found
         return self._found[key]
 
     def _match(self, source: str | None, search: str | None) -> np.ndarray:
@@ -83,11 +102,11 @@ class _Known:
             kinds = [kind for kind in column.unique().to_pylist() if kind is not None]
             meant = [kind for kind in kinds if source in (kind, _source(kind))]
             found &= _mask(pc.is_in(column, value_set=pa.array(meant, pa.string())))  # type: ignore[attr-defined]
-        for word in (search or "").split():
+        if search is not None:
             hit = np.zeros(len(self.table), dtype=bool)
             for name in ("id", "title", "excerpt"):
                 column = self.table.column(name)
-                held = pc.match_substring(column, word, ignore_case=True)  # type: ignore[attr-defined]
+                held = pc.match_substring(column, search, ignore_case=True)  # type: ignore[attr-defined]
                 hit |= _mask(held)
             found &= hit
         return found
@@ -120,7 +139,7 @@ def rows(
         sort: What to sort by: number, length, loss or self_influence; missing values come last.
         descending: The largest first.
         source: Only those of this source.
-        search: Only those whose id, title or beginning hold every one of these words.
+        search: Only those whose id, title or beginning holds this, in small or capital letters.
 
     Raises:
         ValueError: There is no such order, or the numbers are negative.
@@ -132,10 +151,7 @@ def rows(
             f"Expected an offset of 0 or more and a limit from 0 to {MOST}; got {offset} and {limit}."
         )
     known = _known(run)
-    order = known.order(sort)
-    if descending:
-        missing = int(np.isnan(known.column(sort)).sum())
-        order = np.concatenate([order[: len(order) - missing][::-1], order[len(order) - missing :]])
+    order = known.order(sort, descending=descending)
     wanted = known.matching(source or None, (search or "").strip() or None)
     if wanted is not None:
         order = order[wanted[order]]
@@ -148,29 +164,30 @@ def every(run: str | Path, most: int) -> dict[str, Any]:
     known = _known(run)
     chosen = np.arange(len(known.table))
     if len(chosen) > most:
-        order = known.order("self_influence")
-        order = order[: len(order) - int(np.isnan(known.column("self_influence")).sum())]
-        chosen = np.sort(order[::-1][:most] if len(order) else chosen[:most])
+        chosen = np.sort(known.order("self_influence", descending=True)[:most])
     page = known.table.take(chosen).to_pylist()
     return {"total": len(known.table), "offset": 0, "rows": [_row(each) for each in page]}
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    return harmless(
-        {
-            "number": row["number"],
-            "id": Named(row["id"]),
-            "title": text.shortened(row["title"], NAME),
-            "excerpt": row["excerpt"],
-            "source": row["source"] and _source(row["source"]),
-            "length": row["length"],
-            "loss": row["loss"],
-            "self_influence": row["self_influence"],
-            "outlier": row["outlier"],
-            "cluster": row["cluster"],
-            "n_copies": row["n_copies"] or 1,
-        }
-    )
+    """A row with harmless texts; its numbers are finite or None."""
+    return {
+        "number": row["number"],
+        "id": row["id"],
+        "title": text.visible(text.shortened(row["title"], NAME)),
+        "excerpt": text.visible(row["excerpt"]),
+        "source": row["source"] and _source(row["source"]),
+        "length": row["length"],
+        "loss": _finite(row["loss"]),
+        "self_influence": _finite(row["self_influence"]),
+        "outlier": row["outlier"],
+        "cluster": row["cluster"],
+        "n_copies": row["n_copies"] or 1,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def summary(run: str | Path) -> dict[str, Any]:
@@ -224,8 +241,8 @@ def example(run: str | Path, number: int) -> dict[str, Any]:
     if known.artifact is not None:
         there = known.artifact.table_names
         if "texts" in there:
-            content = known.artifact.rows("texts", place, place + 1).column("text")[0].as_py()
-        told = known.artifact.rows("train", place, place + 1).to_pylist()[0]
+            content = known.stored("texts", place)["text"]
+        told = known.stored("train", place)
         pairs = (from_column(k, [v]) for k, v in told.items() if k != "id")
         metadata = {name: values[0] for name, values in pairs}
     if content is None:

@@ -21,7 +21,7 @@ from headwater.core.files import ArtifactError, ArtifactMissing, read_json
 from headwater.core.store import Artifact
 from headwater.report import text
 from headwater.report.views import corpus
-from headwater.report.views.answer import CELL, NAME, harmless, minus, trace_view
+from headwater.report.views.answer import CELL, NAME, Named, harmless, minus, trace_view
 from headwater.trace.timeline import Timeline
 from headwater.training.trajectory import FILE as TRAJECTORY
 from headwater.training.verify import Verification
@@ -214,6 +214,39 @@ def timeline_view(found: Timeline, name: str = "", column: str | None = None) ->
     return harmless(
         {"name": name, "measurement": found.measurement, "queries": queries, "told": told}
     )
+
+
+def changes(run: str | Path) -> dict[str, Any] | None:
+    """The draft of a change set, change by change; None where there is none."""
+    path = Path(run) / CHANGES
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict):
+        return None
+    about = found.get("about")
+    about = about if isinstance(about, dict) else {}
+    weights = found.get("weights") or {}
+    made = {
+        **{name: {"action": "remove"} for name in found.get("remove") or ()},
+        **{
+            name: {"action": "relabel", "label": str(label)}
+            for name, label in (found.get("relabel") or {}).items()
+        },
+        **{name: {"action": "keep"} for name in found.get("keep") or ()},
+        **{
+            name: {"action": "duplicate" if weight == 2 else "upweight", "weight": weight}
+            for name, weight in weights.items()
+        },
+    }
+    place = corpus.numbers(run)
+    listed = []
+    for name, change in made.items():
+        known = about.get(name)
+        note = known.get("note") if isinstance(known, dict) else None
+        told = {"note": note} if isinstance(note, str) else {}
+        listed.append({"id": Named(name), "number": place.get(name), **change, **told})
+    return harmless({"name": str(found.get("name", "changes")), "changes": listed})
 
 
 def spectrum(fit: str | Path) -> list[dict[str, Any]]:
