@@ -13,7 +13,9 @@ def harmless(page) -> None:
     assert page.evaluate(f"{ELEMENTS}.length") == 0
     shown = page.evaluate("document.body.textContent")
     assert not set(shown) & set(OVERRIDES)
-    attributes = page.evaluate("[...document.querySelectorAll('main *')].flatMap(e => e.getAttributeNames())")
+    attributes = page.evaluate(
+        "[...document.querySelectorAll('main *')].flatMap(e => e.getAttributeNames())"
+    )
     assert not [a for a in attributes if a.startswith("on")]
 
 

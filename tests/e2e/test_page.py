@@ -104,7 +104,9 @@ def test_methods_stand_next_to_one_another_and_what_they_share_is_marked(visit, 
     ]
     for i, column in enumerate(columns.all()):
         others = set().union(*listed[:i], *listed[i + 1 :])
-        shared = column.locator("li.shared").evaluate_all("rows => rows.map(r => r.dataset.example)")
+        shared = column.locator("li.shared").evaluate_all(
+            "rows => rows.map(r => r.dataset.example)"
+        )
         assert set(shared) == listed[i] & others
 
 
@@ -152,14 +154,18 @@ def test_the_training_data_are_searched_sorted_and_opened(visit, place):
     page.wait_for_function("document.querySelector('[data-row]')?.dataset.row === '5'")
     assert rows.first.get_by_text("outlier").is_visible()
     page.get_by_label("Search").fill("kepler")
-    page.wait_for_function("!document.querySelector('.all [role=status]').textContent.startsWith('48')")
+    page.wait_for_function(
+        "!document.querySelector('.all [role=status]').textContent.startsWith('48')"
+    )
     found = rows.first.locator(".what").inner_text()
     assert "kepler" in found.lower()
     rows.first.locator(".what button").click()
     page.get_by_role("dialog").locator(".full").wait_for()
     page.keyboard.press("Escape")
     page.get_by_label("Search").fill("")
-    page.wait_for_function("document.querySelector('.all [role=status]').textContent === '48 examples'")
+    page.wait_for_function(
+        "document.querySelector('.all [role=status]').textContent === '48 examples'"
+    )
     body = page.locator(".list-body")
     body.focus()
     page.keyboard.press("End")
