@@ -23,6 +23,9 @@ COMMANDS: dict[str, str] = {
     "calibrate": "how sure one may be: hedged probabilities, claims with a bound on false ones",
     "forget": "edit weights so that the model recites less, and take it back exactly",
     "bench": "measure attribution methods against retraining, on real data",
+    "survey": "look at every training example once: self-influence, outliers, near-duplicates",
+    "report": "write the evidence page of a run as one file that needs no server",
+    "serve": "open a local page over a run: ask, look, mark examples, verify",
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",
     "cite": "BibTeX for what a run used",
@@ -33,6 +36,8 @@ TOGETHER = (
     "index build",
     "index add",
 )  # what several processes share under torchrun
+
+ELSEWHERE = {"serve": "headwater.web.serve"}  # commands of a layer above this one, by name only
 
 HELP = """usage: headwater COMMAND ...
 
@@ -48,8 +53,10 @@ examples:
   headwater timeline runs/mine --prompt "The river rises in"
   headwater adapt quip runs/mine --bits 3 --out runs/small
   headwater audit runs/mine
+  headwater serve runs/mine
   headwater audit structure runs/mine
   headwater verify runs/mine
+  headwater report runs/mine
 
 Every command has --help, and --json for machines. fit, index build and trace run on several processes or machines:
   torchrun --nproc-per-node 2 -m headwater fit path/to/model data.jsonl --out runs/mine
@@ -81,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from headwater.cli.common import guarded, one_voice
 
     def run() -> int:
-        return import_module(f"headwater.cli.{words[0]}").run(words[1:])
+        place = ELSEWHERE.get(words[0], f"headwater.cli.{words[0]}")
+        return import_module(place).run(words[1:])
 
     name = " ".join(words[: 1 + (words[0] in ("adapt", "calibrate", "forget", "index"))])
     return guarded(lambda: one_voice(run, name, shared=name in TOGETHER))

@@ -48,7 +48,7 @@ def guarded(call: Callable[[], int]) -> int:
     except _MISTAKES as error:
         if os.environ.get("HEADWATER_TRACEBACK"):
             raise
-        print(f"headwater: {_one_line(error)}", file=sys.stderr)
+        print(f"headwater: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -79,18 +79,19 @@ def one_voice(run: Callable[[], int], name: str, *, shared: bool) -> int:
         except RankFailed as error:
             if error.rank is not None or not current().announce(error):
                 return 2  # it has told its error itself
-            print(f"headwater: {_one_line(error)}", file=sys.__stderr__, flush=True)
+            print(f"headwater: {one_line(error)}", file=sys.__stderr__, flush=True)
             return 2
         except (RuntimeError, *_MISTAKES) as error:
             if os.environ.get("HEADWATER_TRACEBACK"):
                 raise
             if current().announce(error):
-                who = f"rank {rank} failed: {type(error).__name__}: {_one_line(error)}"
+                who = f"rank {rank} failed: {type(error).__name__}: {one_line(error)}"
                 print(f"headwater: {who}", file=sys.__stderr__, flush=True)
             return 2
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What went wrong, for people."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (
         text
@@ -100,10 +101,17 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(*, quiet: bool = False) -> Iterator["Progress | None"]:
-    """A progress bar with time left on standard error; plain lines where that is no terminal."""
-    if quiet:
-        yield None
+def progress_bar(
+    *, quiet: bool = False, to: "Progress | None" = None
+) -> Iterator["Progress | None"]:
+    """A progress bar with time left on standard error; plain lines where that is no terminal.
+
+    Args:
+        quiet: Show nothing.
+        to: What hears of the progress in its place.
+    """
+    if to is not None or quiet:
+        yield to
         return
     from rich.console import Console
     from rich.progress import (
@@ -192,6 +200,9 @@ class Session:
     layers: str | list[str]
     skip: list[str]
     record: dict[str, Any] = field(default_factory=dict)
+
+
+Opened = tuple[Session, dict[str, Any]]  # a run's model and data, and its record
 
 
 def open_session(inputs: Inputs, *, heldout: Path | None = None) -> Session:
@@ -316,7 +327,7 @@ def trace_name(run: Path, name: str | None) -> str | None:
     return name or next(iter(names), None)
 
 
-def run_session(run: Path) -> tuple[Session, dict[str, Any]]:
+def run_session(run: Path) -> Opened:
     """The model and data that a run folder was made from, and its record."""
     from headwater.core.files import read_json
 

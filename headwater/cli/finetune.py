@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from headwater.cli.common import emit_json, progress_bar, read_examples, say
-from headwater.cli.flags import FINETUNE, DataFlags, parse, require, to_json
+from headwater.cli.flags import CHANGES, FINETUNE, DataFlags, parse, require, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Finetune:
         checkpoints: Checkpoints kept for SOURCE, exact unrolling and the timeline, with the optimizer's moments: 6 when
             left out, 0 keeps none.
         seed: Seed of the order of examples and of the adapter's first weights.
+        changes: File of a change set, as `headwater serve` exports it: examples to leave out, and how often others
+            count. The order of the examples stays as it is without.
         json: Print the result as JSON.
     """
 
@@ -47,6 +49,7 @@ class Finetune:
     batch_tokens: int = 512
     checkpoints: int | None = None
     seed: int = 0
+    changes: Path | None = None
     columns: Annotated[DataFlags, tyro.conf.arg(name="")] = field(default_factory=DataFlags)
     json: bool = False
 
@@ -66,8 +69,11 @@ def run(words: list[str]) -> int:
     command = parse(Finetune, words, prog="finetune")
     from headwater.core.files import read_json, write_json
     from headwater.models.language import load_language_model
+    from headwater.training.changes import ChangeSet
     from headwater.training.finetune import finetune
 
+    changes = None if command.changes is None else ChangeSet.load(command.changes)
+    weights = None if changes is None else changes.training_weights()
     language = load_language_model(command.model, dtype=command.dtype, base=command.base)
     examples = read_examples(command.data, command.columns, language)
     with progress_bar() as progress:
@@ -82,11 +88,15 @@ def run(words: list[str]) -> int:
             weight_decay=command.weight_decay,
             batch_tokens=command.batch_tokens,
             seed=command.seed,
+            weights=weights,
             checkpoints=command.checkpoints,
             progress=progress,
         )
     record, place = to_json(command) | {"json": False}, command.out / FINETUNE
     del record["checkpoints"]  # they change nothing, and trajectory.json lists them
+    if changes is not None:  # a copy that stays as it was
+        changes.save(command.out / CHANGES)
+        record["changes"] = str((command.out / CHANGES).resolve())
     if not place.is_file() or read_json(place) != record:  # traces ask whether the folder changed
         write_json(place, record)  # so that the run can be repeated
     losses = done.trajectory.losses

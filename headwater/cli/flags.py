@@ -15,6 +15,7 @@ RUN, FINETUNE = (
     "run.json",
     "finetune.json",
 )  # the records of a run folder, and of a fine-tuned model
+CHANGES = "changes.json"  # the change set that a model was fine-tuned under, beside it
 
 
 @dataclass(frozen=True, kw_only=True)

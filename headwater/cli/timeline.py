@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwater.cli.common import (
+    Opened,
     emit_json,
     finetuning,
     progress_bar,
@@ -17,6 +18,7 @@ from headwater.cli.flags import RUN, parse, require
 from headwater.cli.question import Question, as_asked, asked_queries, check_name, record_answer
 
 if TYPE_CHECKING:
+    from headwater.core.capture import Progress
     from headwater.trace.timeline import Timeline as Result
 
 
@@ -59,8 +61,21 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def timeline(command: Timeline, *, quiet: bool = False) -> tuple["Result", Path]:
-    """The timeline and its folder; a finished one of the same question is read."""
+def timeline(
+    command: Timeline,
+    *,
+    quiet: bool = False,
+    opened: Opened | None = None,
+    progress: "Progress | None" = None,
+) -> tuple["Result", Path]:
+    """The timeline and its folder; a finished one of the same question is read.
+
+    Args:
+        command: The question.
+        quiet: Show no progress.
+        opened: The run's model and data with its record, where they are open already.
+        progress: Called with (done, total, note), in place of a progress bar.
+    """
     from headwater.core.files import ArtifactDamaged
     from headwater.trace.timeline import Timeline as Result
 
@@ -74,7 +89,8 @@ def timeline(command: Timeline, *, quiet: bool = False) -> tuple["Result", Path]
         found = None
     if found is None or found.facts.get("question") != digest:
         plot.unlink(missing_ok=True)
-        made = _timeline(command, quiet=quiet)
+        with progress_bar(quiet=quiet, to=progress) as bar:
+            made = _timeline(command, opened, bar)
         found = replace(made, facts=made.facts | {"question": digest})
         found.save(kept)
     if not plot.is_file():
@@ -83,7 +99,7 @@ def timeline(command: Timeline, *, quiet: bool = False) -> tuple["Result", Path]
     return found, folder
 
 
-def _timeline(command: Timeline, *, quiet: bool) -> "Result":
+def _timeline(command: Timeline, opened: Opened | None, progress: "Progress | None") -> "Result":
     from headwater.core.files import read_json
     from headwater.core.fit import load
     from headwater.core.task import CausalLM
@@ -98,23 +114,22 @@ def _timeline(command: Timeline, *, quiet: bool) -> "Result":
             "and fit the model there."
         )
     trajectory.segments(command.segments)  # refuses more than there are checkpoints
-    session, _ = run_session(command.run)
+    session, _ = opened or run_session(command.run)
     require_trained_on(session, tuning, trajectory.made_from["data"])
     if command.source is not None and command.source not in session.train.metadata:
         columns = ", ".join(session.train.metadata) or "none"
         raise ValueError(f"There is no metadata column {command.source!r}; there are: {columns}.")
     fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
     queries = asked_queries(command, session)
-    with progress_bar(quiet=quiet) as progress:
-        return follow(
-            fitted,
-            queries,
-            trajectory=trajectory,
-            source=Source(segments=command.segments),
-            measurement=command.measurement,
-            top=command.top,
-            progress=progress,
-        )
+    return follow(
+        fitted,
+        queries,
+        trajectory=trajectory,
+        source=Source(segments=command.segments),
+        measurement=command.measurement,
+        top=command.top,
+        progress=progress,
+    )
 
 
 def _told(found: "Result", command: Timeline) -> dict[str, Any]:

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from headwater.cli.common import progress_bar, run_session, say
+from headwater.cli.common import Opened, progress_bar, run_session, say
 from headwater.cli.flags import parse
 from headwater.cli.question import Question, as_asked, asked_queries, check_name, record_answer
 
 if TYPE_CHECKING:
+    from headwater.core.capture import Progress
     from headwater.core.evidence import Evidence
+    from headwater.core.fit import Fit
+    from headwater.core.scores import Scores
+    from headwater.report.explain import Partial, Rival
 
 CANDIDATES = 300
 
@@ -52,6 +56,8 @@ class Trace(Question):
         rescore: With --index; --no-rescore takes the index's own scores, in milliseconds.
         candidates: With --index: how many examples each source of candidates adds, for each prompt.
         where: With --index: metadata to look among, such as source=wiki or year=1990..1999; repeat for several.
+        compare: Put the strongest examples by shared words (BM25) and by embeddings beside the answer. The model's
+            embeddings of the training data take a forward pass once, and are kept in the run folder.
     """
 
     rather_than: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -61,6 +67,7 @@ class Trace(Question):
     rescore: bool = True
     candidates: int = CANDIDATES
     where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    compare: bool = False
     method: Annotated[InfluenceFlags, tyro.conf.arg(name="")] = field(
         default_factory=InfluenceFlags
     )
@@ -113,8 +120,23 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
-    """Trace, save the evidence and its page, and return both. A finished trace of the same question is read."""
+def trace(
+    command: Trace,
+    *,
+    quiet: bool = False,
+    opened: Opened | None = None,
+    progress: "Progress | None" = None,
+    partial: "Partial | None" = None,
+) -> tuple["Evidence", Path]:
+    """Trace, save the evidence and its page, and return both. A finished trace of the same question is read.
+
+    Args:
+        command: What to ask of which run.
+        quiet: Show no progress.
+        opened: The run's model and data with its record, where they are open already.
+        progress: Called with (done, total, note), in place of a bar.
+        partial: Called with the name of a stage and the evidence as far as it is known by then.
+    """
     from headwater.core.distributed import current
     from headwater.core.evidence import Evidence
     from headwater.report.html import write_html
@@ -133,7 +155,8 @@ def trace(command: Trace, *, quiet: bool = False) -> tuple["Evidence", Path]:
     world = current()
     if world.agreed(known):
         return Evidence.load(folder), page
-    evidence = _trace(command, {"question": digest}, quiet=quiet)
+    with progress_bar(quiet=quiet, to=progress) as bar:
+        evidence = _trace(command, {"question": digest}, opened, bar, partial)
 
     def save() -> None:
         evidence.save(folder)
@@ -153,14 +176,20 @@ def _indexes(command: Trace) -> list[str]:
     return journal_digests(command.run)
 
 
-def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
+def _trace(
+    command: Trace,
+    facts: dict[str, Any],
+    opened: Opened | None,
+    progress: "Progress | None",
+    partial: "Partial | None",
+) -> "Evidence":
     from headwater.core.cost import peak_memory_bytes
     from headwater.core.fit import load
     from headwater.core.task import CausalLM
     from headwater.report.explain import explain
     from headwater.trace.influence import Influence
 
-    session, record = run_session(command.run)
+    session, record = opened or run_session(command.run)
     fitted = load(command.run / "fit", session.language.model, session.train, CausalLM())
     queries = asked_queries(command, session, command.rather_than)
     method, control = Influence(**asdict(command.method), n_intervals=command.top), session.heldout
@@ -176,19 +205,20 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
         "corpus": "/".join(Path(record["fit"]["data"]).parts[-2:]),
         "command": f"headwater trace {command.run}",
     }
-    with progress_bar(quiet=quiet) as progress:
-        evidence = explain(
-            fitted,
-            queries,
-            influence=method,
-            measurement=command.measurement,
-            top=command.top,
-            control=control,
-            source=command.source,
-            contrast=bool(command.rather_than),
-            facts=known | facts,
-            progress=progress,
-        )
+    evidence = explain(
+        fitted,
+        queries,
+        influence=method,
+        measurement=command.measurement,
+        top=command.top,
+        control=control,
+        source=command.source,
+        contrast=bool(command.rather_than),
+        rivals=_rivals(command.run) if command.compare else (),
+        facts=known | facts,
+        progress=progress,
+        partial=partial,
+    )
     if command.index and not command.rescore:
         return evidence
     seconds = {"fit": fitted.facts["seconds"], "trace": evidence.facts["seconds"]}
@@ -196,6 +226,29 @@ def _trace(command: Trace, facts: dict[str, Any], *, quiet: bool) -> "Evidence":
     cost = {"cost": {name: s / unit for name, s in seconds.items()}} if unit else {}
     measured = {"seconds": seconds, "peak_memory": peak_memory_bytes()} | cost
     return replace(evidence, facts=evidence.facts | measured)
+
+
+def _rivals(run: Path) -> "list[Rival]":
+    """What an answer is compared with: what anybody could have found without the curvature."""
+    from headwater.core.distributed import current
+    from headwater.report.explain import Rival
+    from headwater.trace.bm25 import BM25
+    from headwater.trace.similarity import EmbeddingSimilarity
+
+    def by_embedding(fit: "Fit", queries: Any, **question: Any) -> "Scores":
+        method, known = EmbeddingSimilarity(), None
+        if current().size == 1:
+            known = method.embedded(fit, run / "embeddings", progress=question.get("progress"))
+        return method.attribute(fit, queries, known=known, **question)
+
+    return [
+        Rival(name="BM25", about="shared words, rare ones first", scores=BM25().attribute),
+        Rival(
+            name="embedding",
+            about="cosine of the model's last hidden states, their mean taken off",
+            scores=by_embedding,
+        ),
+    ]
 
 
 def _rescoring(command: Trace) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from headwater.cli.common import (
+    Opened,
+    Session,
     emit_json,
     finetuning,
     progress_bar,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from headwater.core.capture import Progress
     from headwater.data.tokens import TextExamples
     from headwater.models.language import LanguageModel
+    from headwater.training.changes import ChangeSet
     from headwater.training.retraining import Retrain
     from headwater.training.verify import Verification
 
@@ -43,19 +46,20 @@ class Verify:
     What the scores predicted for each completion is shown beside what then happened, in nats. The runs differ from
     the original in the weights of those examples alone: same seed, same order. Finished runs are kept.
 
-    With --audit it is an audit's change set that is made, and the loss of held-out examples that is measured.
+    With --changes it is a change set that is made: one that `headwater serve` exported, or an audit's. With --name the
+    trace's completions are measured under it; without, as with --audit, the loss of held-out examples.
 
     Example: headwater verify runs/mine --top 10
 
     Args:
         run: The run folder of `headwater fit`, of a model made by `headwater finetune`.
-        name: Name of the trace; the only one there is, when left out.
+        name: Name of the trace; the only one there is, when left out. With --changes: whose completions to measure.
         top: Examples of each completion that are left out.
         query: Numbers of the completions to ask about, from 1; all when left out, with one run for their union.
         seeds: Repeats with other seeds: several make a statement about the expected outcome, not about this run.
         random_seed: Seed of the random choice.
         audit: Name of an audit in the run folder whose change set is to be verified, in place of a trace.
-        changes: File of a change set, in place of the audit's own.
+        changes: File of a change set, in place of the audit's own or the trace's top examples.
         program: For models of other kinds: file.py:function, as for `headwater audit`.
         trajectory: With --program: folder of the recorded training run; the run folder when left out.
         json: Print the result as JSON.
@@ -79,22 +83,28 @@ class Verify:
         require("--seeds", self.seeds, "at least 1", self.seeds >= 1)
         require("--query", self.query, "1 or more", all(q >= 1 for q in self.query))
         audited = self.audit is not None or self.changes is not None
-        if audited and (self.name or self.query):
+        if self.audit is not None and self.name is not None:
             raise ValueError(
-                "--audit and --changes verify a change set, not a trace; leave out --name and --query."
+                "--audit verifies an audit's change set by the held-out loss, not a trace; leave out --name, or give "
+                "the change set as --changes FILE."
             )
-        if (self.program or self.trajectory) and not audited:
-            raise ValueError("--program and --trajectory go with --audit or --changes.")
+        if audited and self.name is None and self.query:
+            raise ValueError("--query asks about a trace's completions; give its --name.")
+        if (self.program or self.trajectory) and (not audited or self.name is not None):
+            raise ValueError(
+                "--program and --trajectory go with --audit or --changes, without --name."
+            )
 
 
 def run(words: list[str]) -> int:
     command = parse(Verify, words, prog="verify")
-    if command.audit is not None or command.changes is not None:
+    changes = changes_of(command)
+    if changes is not None and command.name is None:
         from headwater.cli.verify_audit import verify_changes
 
-        found = verify_changes(command, quiet=command.json)
+        found, _ = verify_changes(command, changes, quiet=command.json)
     else:
-        found = verify(command, quiet=command.json)
+        found, _ = verify(command, changes, quiet=command.json)
     if command.json:
         emit_json(asdict(found))
         return 0
@@ -104,8 +114,38 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def verify(command: Verify, *, quiet: bool = False) -> "Verification":
-    """Retrain as the command says, save what was found, and return it; a finished verification is read."""
+def changes_of(command: Verify) -> "ChangeSet | None":
+    """The change set that a command names; None where it names none."""
+    from headwater.cli.audit import AUDITS, CHANGES
+    from headwater.training.changes import ChangeSet
+
+    if command.audit is None and command.changes is None:
+        return None
+    place = command.changes or command.run / AUDITS / f"{command.audit}.{CHANGES}"
+    if not place.is_file():
+        raise FileNotFoundError(
+            f"There is no {place}; make it with `headwater audit {command.run}`, or name a change set with --changes."
+        )
+    return ChangeSet.load(place)
+
+
+def verify(
+    command: Verify,
+    changed: "ChangeSet | None" = None,
+    *,
+    quiet: bool = False,
+    opened: Opened | None = None,
+    progress: "Progress | None" = None,
+) -> tuple["Verification", Path]:
+    """Retrain as the command says, save what was found, and return it with its file; a finished one is read.
+
+    Args:
+        command: The trace, and what is to be done.
+        changed: A change set, in place of the trace's top examples.
+        quiet: Show no progress.
+        opened: The run's model and data with its record, where they are open already.
+        progress: Called with (done, total, note), in place of a progress bar.
+    """
     from headwater.cli.trace import InfluenceFlags, Trace
     from headwater.core.evidence import Evidence
     from headwater.core.files import read_json
@@ -140,17 +180,24 @@ def verify(command: Verify, *, quiet: bool = False) -> "Verification":
         )
     folder = command.run / "verify" / name
     options = {k: v for k, v in asdict(command).items() if k not in _NOT_OF_A_TRACE}
+    if changed is not None:
+        changed.training_weights()  # refuses what cannot be trained
+        options = options | {"top": None, "changes": asdict(changed)}
     asked_digest = evidence.facts.get("question")
     fit = _fit_made_from(command.run)
     made = fingerprint_json([options, tuning, source, asked_digest, list(said), fit])
-    place = folder / f"{made[:16]}.json"
+    place = folder / f"{'' if changed is None else 'changes-'}{made[:16]}.json"
     if place.is_file():
         say(f"  read from {place}")
-        return Verification.load(place)
-    found = _verify(command, question, tuning, source, folder, quiet=quiet)
+        return Verification.load(place), place
+    with progress_bar(quiet=quiet, to=progress) as bar:
+        session, _ = opened or run_session(command.run)
+        found = _verify(command, changed, question, session, tuning, source, folder, bar)
+    if changed is not None:
+        found = replace(found, facts=found.facts | {"change_set": changed.name})
     found.save(place)
     say(f"  saved in {place}")
-    return found
+    return found, place
 
 
 def _fit_made_from(run: Path) -> list[Any]:
@@ -165,12 +212,13 @@ def _fit_made_from(run: Path) -> list[Any]:
 
 def _verify(
     command: Verify,
+    changed: "ChangeSet | None",
     question: "Trace",
+    session: Session,
     tuning: dict[str, Any],
     source: dict[str, str],
     folder: Path,
-    *,
-    quiet: bool,
+    bar: "Progress | None",
 ) -> "Verification":
     import torch
 
@@ -184,14 +232,13 @@ def _verify(
     from headwater.trace.influence import Influence
     from headwater.training.verify import changes, verify
 
-    session, _ = run_session(command.run)
     again = restore(Finetune, tuning | {"columns": restore(DataFlags, tuning["columns"])})
     base = load_language_model(again.model, dtype=again.dtype, base=again.base)
     examples = read_examples(again.data, again.columns, base)
     given = {"model": fingerprint_model(base.model), "data": examples.fingerprint()}
-    changed = [name for name, value in given.items() if source[name] != value]
-    if changed:
-        place = {"model": again.model, "data": again.data}[changed[0]]
+    other = [name for name, value in given.items() if source[name] != value]
+    if other:
+        place = {"model": again.model, "data": again.data}[other[0]]
         raise ValueError(
             f"{place} has changed since the fine-tuning, which can no longer be repeated; bring it back as it was, or "
             "fine-tune and fit again."
@@ -208,32 +255,34 @@ def _verify(
         values = _measured(model, queries, measurement)
         return values if weights is None else weights.to(values) @ values
 
-    with progress_bar(quiet=quiet) as bar:
-        retrain = fine_tuner(again, base, examples, folder, measured, bar)
-        scores = method.attribute(
-            fitted,
-            queries,
-            measurement=measurement,
-            weights=weights,
-            names=queries.ids[:n],
-            progress=bar,
-        )
-        chosen = [q - 1 for q in command.query] or None
-        planned = changes(scores, k=command.top, queries=chosen, seed=command.random_seed)
-        seeds = [again.seed + i for i in range(command.seeds)]
-        # in another number format the traced model is not quite the one that was trained
-        alike = _formats(session.language.model) == _formats(base.model)
-        before = measured(session.language.model) if command.seeds == 1 and alike else None
-        made = fingerprint_json([tuning, source, measurement, queries.fingerprint(), n])
-        found = verify(
-            retrain,
-            scores,
-            planned,
-            seeds=seeds,
-            before=before,
-            cache=folder / "measured" / made[:16],
-            progress=bar,
-        )
+    retrain = fine_tuner(again, base, examples, folder, measured, bar)
+    scores = method.attribute(
+        fitted,
+        queries,
+        measurement=measurement,
+        weights=weights,
+        names=queries.ids[:n],
+        progress=bar,
+    )
+    chosen, seed = [q - 1 for q in command.query] or None, command.random_seed
+    if changed is None:
+        planned = changes(scores, k=command.top, queries=chosen, seed=seed)
+    else:
+        planned = changed.planned(examples.ids, seed=seed)
+    seeds = [again.seed + i for i in range(command.seeds)]
+    # in another number format the traced model is not quite the one that was trained
+    alike = _formats(session.language.model) == _formats(base.model)
+    before = measured(session.language.model) if command.seeds == 1 and alike else None
+    made = fingerprint_json([tuning, source, measurement, queries.fingerprint(), n])
+    found = verify(
+        retrain,
+        scores,
+        planned,
+        seeds=seeds,
+        before=before,
+        cache=folder / "measured" / made[:16],
+        progress=bar,
+    )
     clear((folder / "runs").glob("*"))  # and what verifications left that were given up
     asked = {queries.ids[q] for q in chosen or range(n)}
     return replace(found, outcomes=tuple(o for o in found.outcomes if o.query_id in asked))
@@ -249,6 +298,8 @@ def fine_tuner(
 ) -> "Retrain":
     """What repeats a fine-tuning with other weights of the examples and measures the model; runs are cleared away.
 
+    Where the fine-tuning itself was made under a change set, the new weights multiply its weights.
+
     Args:
         again: The fine-tuning.
         base: The model that it began with.
@@ -257,13 +308,19 @@ def fine_tuner(
         measure: What is measured of a model.
         progress: Called with (done, total, note).
     """
+    import torch
+
     from headwater.core.fingerprint import fingerprint_json
+    from headwater.training.changes import ChangeSet
     from headwater.training.finetune import finetune
 
     made: list[Path] = []
+    first = {} if again.changes is None else ChangeSet.load(again.changes).training_weights()
+    start = torch.tensor([first.get(name, 1.0) for name in examples.ids])
 
     def retrain(new: "Tensor", seed: int) -> "Tensor":
         clear(made)  # by now their measurements are kept
+        new = new * start.to(new)
         changed = {examples.ids[i]: float(new[i]) for i in (new != 1).nonzero()[:, 0].tolist()}
         out = folder / "runs" / fingerprint_json([changed, seed])[:16]
         done = finetune(

@@ -5,14 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwater.cli.audit import AUDITS, CHANGES, from_program
-from headwater.cli.common import finetuning, progress_bar, run_session, say
+from headwater.cli.audit import AUDITS, from_program
+from headwater.cli.common import Opened, finetuning, progress_bar, run_session, say
 from headwater.cli.flags import RUN
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from headwater.cli.verify import Verify
+    from headwater.core.capture import Progress
     from headwater.core.examples import Examples
     from headwater.core.fit import Fit
     from headwater.training.changes import ChangeSet
@@ -22,46 +23,62 @@ if TYPE_CHECKING:
 MEASUREMENT = "held-out loss"
 
 
-def verify_changes(command: "Verify", *, quiet: bool = False) -> "Verification":
-    """Retrain under a change set and as many random removals, and say what happened to the held-out loss."""
+def verify_changes(
+    command: "Verify",
+    changes: "ChangeSet",
+    *,
+    quiet: bool = False,
+    opened: Opened | None = None,
+    progress: "Progress | None" = None,
+) -> tuple["Verification", Path]:
+    """Retrain under a change set and the like at random, and say what happened to the held-out loss; and its file.
+
+    Args:
+        command: What is to be done.
+        changes: The change set.
+        quiet: Show no progress.
+        opened: The run's model and data with its record, where they are open already.
+        progress: Called with (done, total, note), in place of a progress bar.
+    """
+    with progress_bar(quiet=quiet, to=progress) as bar:
+        return _verify_changes(command, changes, opened, bar)
+
+
+def _verify_changes(
+    command: "Verify", changes: "ChangeSet", opened: Opened | None, bar: "Progress | None"
+) -> tuple["Verification", Path]:
     from headwater.core.fingerprint import fingerprint_json
-    from headwater.training.changes import ChangeSet
     from headwater.training.verify import Verification, verify
 
-    place = command.changes or command.run / AUDITS / f"{command.audit}.{CHANGES}"
-    if not place.is_file():
-        raise FileNotFoundError(
-            f"There is no {place}; make it with `headwater audit {command.run}`, or name a change set with --changes."
-        )
-    changes = ChangeSet.load(place)
-    fit, heldout, retrain, seed = _parts(command, quiet=quiet)
+    fit, heldout, retrain, seed = _parts(command, changes, opened, bar)
     planned = changes.planned(fit.train.ids, seed=command.random_seed)
     made = fingerprint_json(
-        [[c.name, sorted(c.weights), sorted(c.labels.items())] for c in planned]
+        [[c.name, sorted(c.weights.items()), sorted(c.labels.items())] for c in planned]
         + [fit.made_from, heldout.fingerprint(), command.seeds]
     )[:16]
     folder = command.run / "verify" / AUDITS
+    place = command.changes or Path(
+        "changes" if command.audit is None else f"{command.audit}.changes"
+    )
     saved = folder / f"{place.name.removesuffix('.json')}-{made}.json"
     if saved.is_file():
         say(f"  read from {saved}")
-        return Verification.load(saved)
-    with progress_bar(quiet=quiet) as bar:
-        scores, relabelled = _predicted(fit, heldout, changes, bar)
-        found = verify(
-            retrain,
-            scores,
-            planned,
-            relabelled=relabelled,
-            seeds=[seed + i for i in range(command.seeds)],
-            cache=folder
-            / "measured"
-            / fingerprint_json([fit.made_from, heldout.fingerprint()])[:16],
-            progress=bar,
-        )
-    found = replace(found, facts=found.facts | {"changes": str(place), "passes": "retraining"})
+        return Verification.load(saved), saved
+    scores, relabelled = _predicted(fit, heldout, changes, bar)
+    made_from = fingerprint_json([fit.made_from, heldout.fingerprint()])
+    found = verify(
+        retrain,
+        scores,
+        planned,
+        relabelled=relabelled,
+        seeds=[seed + i for i in range(command.seeds)],
+        cache=folder / "measured" / made_from[:16],
+        progress=bar,
+    )
+    found = replace(found, facts=found.facts | {"changes": changes.name, "passes": "retraining"})
     found.save(saved)
     say(f"  saved in {saved}")
-    return found
+    return found, saved
 
 
 def _predicted(fit: "Fit", heldout: "Examples", changes: "ChangeSet", progress: Any) -> tuple:
@@ -89,7 +106,9 @@ def _predicted(fit: "Fit", heldout: "Examples", changes: "ChangeSet", progress: 
     return scores, Scores(values=scores.control, query_ids=scores.query_ids, train_ids=control.ids)
 
 
-def _parts(command: "Verify", *, quiet: bool) -> tuple["Fit", "Examples", "Retrain", int]:
+def _parts(
+    command: "Verify", changes: "ChangeSet", opened: Opened | None, bar: "Progress | None"
+) -> tuple["Fit", "Examples", "Retrain", int]:
     """The fit, held-out examples, the training, and its seed."""
     if command.program is not None:
         return _of_program(command)
@@ -98,7 +117,7 @@ def _parts(command: "Verify", *, quiet: bool) -> tuple["Fit", "Examples", "Retra
             f"{command.run} has a fit and no {RUN}, so that its model is not known; name the function that the audit "
             "was given: --program file.py:function."
         )
-    return _of_finetuning(command, quiet=quiet)
+    return _of_finetuning(command, changes, opened, bar)
 
 
 def _loss_of(heldout: "Examples", task: Any, batches: Any) -> Callable[["nn.Module"], "Tensor"]:
@@ -130,7 +149,9 @@ def _of_program(command: "Verify") -> tuple["Fit", "Examples", "Retrain", int]:
     return fit, heldout, RepeatedRun(run=run, measure=measure), record.seed
 
 
-def _of_finetuning(command: "Verify", *, quiet: bool) -> tuple["Fit", "Examples", "Retrain", int]:
+def _of_finetuning(
+    command: "Verify", changes: "ChangeSet", opened: Opened | None, bar: "Progress | None"
+) -> tuple["Fit", "Examples", "Retrain", int]:
     from headwater.cli.common import read_examples, require_trained_on
     from headwater.cli.finetune import Finetune
     from headwater.cli.flags import DataFlags, restore
@@ -139,7 +160,8 @@ def _of_finetuning(command: "Verify", *, quiet: bool) -> tuple["Fit", "Examples"
     from headwater.core.task import CausalLM
     from headwater.models.language import load_language_model
 
-    session, record = run_session(command.run)
+    changes.training_weights()  # refuses what cannot be trained
+    session, record = opened or run_session(command.run)
     if session.heldout is None:
         raise ValueError(
             f"{command.run} was fitted without held-out examples, by which changes are judged; fit again with "
@@ -154,5 +176,5 @@ def _of_finetuning(command: "Verify", *, quiet: bool) -> tuple["Fit", "Examples"
     require_trained_on(session, tuning, examples.fingerprint())
     fit = load(command.run / "fit", session.language.model, session.train, CausalLM())
     measure = _loss_of(session.heldout, fit.task, fit.batches(session.heldout))
-    retrain = fine_tuner(again, base, examples, command.run / "verify" / AUDITS, measure)
+    retrain = fine_tuner(again, base, examples, command.run / "verify" / AUDITS, measure, bar)
     return fit, session.heldout, retrain, again.seed

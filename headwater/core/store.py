@@ -176,6 +176,34 @@ class Artifact:
                 f"{self.folder / file} cannot be read: {error}. {REMEDY}"
             ) from error
 
+    def rows(self, name: str, start: int, stop: int) -> "pyarrow.Table":
+        """Some rows of a table; only the groups of rows that hold them are read.
+
+        Args:
+            name: The table.
+            start: Number of the first row, from 0.
+            stop: Number after the last; rows beyond the table are left out.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        file = self._entry("tables", name)
+        try:
+            parquet = pyarrow.parquet.ParquetFile(self._tables[file])
+            groups, first, before = [], 0, 0
+            for number in range(parquet.num_row_groups):
+                after = before + parquet.metadata.row_group(number).num_rows
+                if after > start and before < stop:
+                    first = first if groups else before
+                    groups.append(number)
+                before = after
+            found = parquet.read_row_groups(groups)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ArtifactDamaged(
+                f"{self.folder / file} cannot be read: {error}. {REMEDY}"
+            ) from error
+        return found.slice(max(start - first, 0), max(stop - max(start, 0), 0))
+
     def verify(self) -> None:
         """Read every file and compare it with its checksum.
 
@@ -334,8 +362,22 @@ class ArtifactWriter:
         if at_once:
             self._flush()
 
-    def table(self, name: str, columns: "Mapping[str, Sequence] | pyarrow.Table") -> None:
-        """Add a table, as columns of equal length."""
+    def table(
+        self,
+        name: str,
+        columns: "Mapping[str, Sequence] | pyarrow.Table",
+        *,
+        compression: str = "snappy",
+        group: int | None = None,
+    ) -> None:
+        """Add a table, as columns of equal length.
+
+        Args:
+            name: Its name.
+            columns: Its columns.
+            compression: Codec of the Parquet file; "zstd" for long texts.
+            group: Rows that are read together, of a table of which a few rows are asked for at a time.
+        """
         import pyarrow
         import pyarrow.parquet
 
@@ -351,7 +393,7 @@ class ArtifactWriter:
             ) from error
         file_name = f"table-{len(self._tables):05}.parquet"
         with disk_room(self.folder, table.nbytes), HashedFile(partial / file_name) as file:
-            pyarrow.parquet.write_table(table, file)
+            pyarrow.parquet.write_table(table, file, compression=compression, row_group_size=group)
         self._files[file_name] = file.facts
         self._tables[name] = file_name
 

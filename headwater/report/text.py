@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
+from headwater.core.display import title_of
 from headwater.core.evidence import Answer, Evidence, Influencer
 
 # Escape sequences of terminals: CSI, OSC and other strings up to their end, two-character ones.
@@ -59,7 +60,7 @@ _FACTS = {
     "paper": "Paper",
     "command": "Command",
 }
-_TITLES = ("title", "name", "headline", "subject")
+NOISE_LEVEL = 0.05  # a rank counts as told apart from noise up to this p-value
 
 
 class _Table(dict[int, str]):
@@ -93,6 +94,8 @@ def visible(text: str) -> str:
         >>> visible("a\x00b\u202ec")
         'a⟨NUL⟩b⟨RLO⟩c'
     """
+    if text.isprintable():  # nothing to show otherwise
+        return text
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
@@ -115,9 +118,7 @@ def shortened(text: str, width: int) -> str:
 
 def title(influencer: Influencer) -> str:
     """What to call an example: its title where the metadata has one, otherwise its id."""
-    by_name = {name.lower(): value for name, value in influencer.metadata.items()}
-    found = (by_name.get(name) for name in _TITLES)
-    return next((str(value) for value in found if value not in (None, "")), influencer.example_id)
+    return title_of(influencer.example_id, influencer.metadata)
 
 
 def source(influencer: Influencer, column: str | None) -> str | None:

@@ -33,6 +33,9 @@ def show(found: Verification, console: Console | None = None) -> None:
                 cells.append("" if o.low is None else f"{o.low:+.3f} … {o.high:+.3f}")
             table.add_row(*cells, style="dim" if o.control else "", end_section=i == len(rows) - 1)
     console.print(table)
+    if "change_set" in found.facts:
+        _beside_chance(found, console)
+        return
     won = found.beats_chance
     if not won:
         return
@@ -55,6 +58,19 @@ def _compare(found: Verification, console: Console) -> None:
         won = sum(x[0] < c for x, c in zip(made, chance, strict=True) if x)
         text = f"{name}: lower than with as many left out at random in {won} of {len(rows)} measurements."
         console.print(Text(text, style="bold"))
+
+
+def _beside_chance(found: Verification, console: Console) -> None:
+    """How often a change set moved a completion further than the like done to others at random, either way."""
+    further, n = 0, 0
+    for _, rows in _by_query(found.outcomes):
+        moved = {o.control: abs(o.actual) for o in rows}
+        further, n = further + (moved[False] > moved[True]), n + 1
+    text = (
+        f"{found.facts['change_set']}: moved {further} of {n} measurements further than the same done to others at "
+        "random did."
+    )
+    console.print(Text(text, style="bold"))
 
 
 def _by_query(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Outcome]]]:

@@ -193,6 +193,8 @@ def test_a_folder_without_a_fit_is_refused(tmp_path, capsys):
 
 def test_verify_does_not_mix_traces_and_changes(run, capsys):
     assert main(["verify", str(run), "--audit", "audit", "--name", "trace"]) == 2
-    assert "leave out --name and --query" in capsys.readouterr().err
+    assert "leave out --name" in capsys.readouterr().err
+    assert main(["verify", str(run), "--changes", "x.json", "--query", "1"]) == 2
+    assert "give its --name" in capsys.readouterr().err
     assert main(["verify", str(run), "--program", "x.py:f"]) == 2
     assert "go with --audit or --changes" in capsys.readouterr().err

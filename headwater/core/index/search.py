@@ -17,10 +17,9 @@ from headwater.core.scoring import Strongest
 
 Mode = Literal["dot", "cosine", "relatif"]
 Where = Mapping[str, Any]
-_BLOCK_BYTES = (
-    1 << 22
-)  # of decoded rows: they stay in the processor's cache until they are multiplied
+_BLOCK_BYTES = 1 << 22  # of float32 rows, which stay in the processor's cache meanwhile
 _SCORE_ROWS = 1 << 13
+_NEAR = 1 << 10  # rows held against all others at once
 
 
 def lengths(stored: StoredRows, mode: Mode) -> Float[Tensor, " row"] | None:
@@ -38,16 +37,21 @@ def divided(scores: Tensor, by: Tensor) -> Tensor:
 
 
 def blocks(
-    stored: StoredRows, wanted: Bool[Tensor, " row"] | None = None
+    stored: StoredRows, wanted: Bool[Tensor, " row"] | None = None, *, once: bool = False
 ) -> Iterator[tuple[Tensor, Tensor | None, int]]:
     """Decoded rows block by block: the rows, which of the block's they are (None for all), and its first position.
 
     The rows are good until the next block, which comes in the same memory.
+
+    Args:
+        stored: The index.
+        wanted: Rows to look at, all when left out.
+        once: Each row is read a single time, so that rows which lie ready need not fit the processor's cache.
     """
     plain = stored.encoding.in_place
     step = max(16, _BLOCK_BYTES // (4 * stored.encoding.dim))
-    if plain:
-        step = max(step, _SCORE_ROWS)  # nothing to decode: views will do
+    if plain and once:
+        step = max(step, _SCORE_ROWS)
     buffer = None if plain else torch.empty(step, stored.encoding.dim)
     total = sum(s.layout.size for s in stored.shards)
     resident = total < available_memory_bytes() // 4
@@ -79,7 +83,7 @@ def products(
     parts: list[Tensor] = []
     places: list[Tensor] = []
     held = 0
-    for rows, index, first in blocks(stored, wanted):
+    for rows, index, first in blocks(stored, wanted, once=len(queries) == 1):
         parts.append(_product(queries, rows))
         places.append(first + (torch.arange(len(rows)) if index is None else index))
         held += len(rows)
@@ -208,19 +212,30 @@ def clusters(
         >>> clusters(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), least=0.999).tolist()
         [0, 1, 0]
     """
-    unit = divided(rows, rows.norm(dim=1, keepdim=True))
-    near = unit @ unit.mT >= least
+    first = torch.arange(len(rows))
     same: dict[Any, int] = {}
     for i, what in enumerate(content or []):
-        near[i, same.setdefault(what, i)] = near[same[what], i] = True
-    near.fill_diagonal_(True)
-    first = torch.arange(len(rows))
-    for _ in range(len(rows)):  # labels spread along near pairs until none falls
-        lower = torch.where(near, first[None], len(rows)).amin(1)
-        if torch.equal(lower, first):
-            break
-        first = lower
+        first[i] = same.setdefault(what, i)
+    unit = divided(rows, rows.norm(dim=1, keepdim=True))
+    for start in range(0, len(rows), _NEAR):
+        block = slice(start, start + _NEAR)
+        near = (unit[block] @ unit[start:].mT >= least) & (
+            first[block, None] != first[None, start:]
+        )
+        first = _united(first, start + near.nonzero().mT)
     return first
+
+
+def _united(first: Int[Tensor, " n"], pairs: Int[Tensor, "2 m"]) -> Int[Tensor, " n"]:
+    """Groups, each named by its first member, with those of each pair made one."""
+    while True:
+        names = first[pairs]
+        lower = names.amin(0).expand(2, -1)
+        first = first.scatter_reduce(0, names.flatten(), lower.flatten(), "amin")
+        while not torch.equal(first, first[first]):
+            first = first[first]
+        if torch.equal(*first[pairs]):
+            return first
 
 
 def shown_once(

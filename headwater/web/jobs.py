@@ -1,0 +1,201 @@
+"""Jobs: what the page asked to be computed, as JSON files that outlive the server.
+
+A job file is written whole whenever its job changes state. At a start, jobs that were waiting or running wait again, in
+the order in which they were asked.
+"""
+
+import re
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from headwater.core.evidence import plain
+from headwater.core.files import ArtifactError, read_json, write_json
+from headwater.web.asks import Ask
+
+MOST_WAITING, MOST_KEPT = 8, 50
+State = Literal["queued", "running", "done", "failed", "cancelled"]
+ENDED = ("done", "failed", "cancelled")
+ASKS: TypeAdapter[Ask] = TypeAdapter(Ask)
+_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-[0-9a-f]{6}")
+
+
+class QueueFull(ValueError):
+    """So many jobs wait that no other is taken."""
+
+
+class Ended(ValueError):
+    """The job is over."""
+
+
+@dataclass(kw_only=True)
+class Live:
+    """What a running job has given so far, for those who look on.
+
+    Attributes:
+        text: What the model said.
+        partial: The answers so far, as the page shows them.
+        n_partial: How often they came.
+        stopping: Whether the job was told to stop.
+    """
+
+    text: str = ""
+    partial: list[dict[str, Any]] = field(default_factory=list)
+    n_partial: int = 0
+    stopping: bool = False
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One job.
+
+    Attributes:
+        id: Its name; names sort by the time of asking.
+        kind: What is to be done.
+        title: The same in words, for people.
+        asked: The request's body.
+        created: When it was asked, in UTC.
+        state: Where it stands.
+        progress: Steps done and in all, and what is being done.
+        stages: What was done, and how long it took.
+        result: Names of what was saved.
+        error: Why it failed.
+        attempts: How often it was begun.
+        deaths: How often the process that computes went down under it.
+        live: What it has given so far; not kept.
+    """
+
+    id: str
+    kind: str
+    title: str
+    asked: dict[str, Any]
+    created: str
+    state: State = "queued"
+    progress: dict[str, Any] | None = None
+    stages: list[dict[str, str]] = field(default_factory=list)
+    result: dict[str, Any] | None = None
+    error: str | None = None
+    attempts: int = 0
+    deaths: int = 0
+    live: Live = field(default_factory=Live, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is kept of it."""
+        return plain({k: v for k, v in vars(self).items() if k != "live"})
+
+
+class Jobs:
+    """The jobs of a run folder.
+
+    Args:
+        folder: Where their files lie.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._jobs = {job.id: job for job in map(_read, sorted(folder.glob("*.json"))) if job}
+        for job in self._jobs.values():
+            if job.state == "running":
+                self.requeue(job)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._jobs
+
+    def __getitem__(self, name: str) -> Job:
+        return self._jobs[name]
+
+    def all(self) -> list[Job]:
+        """Every job, the newest first."""
+        return [self._jobs[name] for name in sorted(self._jobs, reverse=True)]
+
+    def waiting(self) -> list[Job]:
+        """Those that wait, in their order."""
+        return [j for _, j in sorted(self._jobs.items()) if j.state == "queued"]
+
+    def add(self, ask: Ask) -> Job:
+        """Put a request into the queue.
+
+        Raises:
+            QueueFull: Too many wait already.
+        """
+        if len(self.waiting()) >= MOST_WAITING:
+            raise QueueFull(
+                f"{MOST_WAITING} jobs wait already; cancel one, or ask again when one has ended."
+            )
+        now = datetime.now(UTC)
+        job = Job(
+            id=f"{now:%Y%m%d-%H%M%S-%f}-{token_hex(3)}",
+            kind=ask.kind,
+            title=ask.title,
+            asked=ask.model_dump(),
+            created=now.isoformat(timespec="seconds"),
+        )
+        self.save(job)
+        self._jobs[job.id] = job
+        self._prune()
+        return job
+
+    def save(self, job: Job) -> None:
+        """Write a job's file."""
+        write_json(self.folder / f"{job.id}.json", job.to_json())
+
+    def requeue(self, job: Job) -> None:
+        """Let a job wait for another attempt, in its old place."""
+        job.state, job.progress, job.live = "queued", None, Live()
+        self.save(job)
+
+    def end(self, job: Job, state: State, **told: Any) -> None:
+        """Note how a job ended.
+
+        Args:
+            job: The job.
+            state: How it ended.
+            told: Its result, or its error.
+        """
+        job.state, job.progress = state, None
+        for name, value in told.items():
+            setattr(job, name, value)
+        job.live.partial = []  # what is shown from now on is the saved result
+        self.save(job)
+
+    def shown(self, job: Job) -> dict[str, Any]:
+        """A job as the page shows it, with its place in the queue, from 1."""
+        told = job.to_json()
+        del told["deaths"]
+        waiting = [j.id for j in self.waiting()] if job.state == "queued" else []
+        return told | {"position": waiting.index(job.id) + 1 if waiting else 0}
+
+    def _prune(self) -> None:
+        """Forget the oldest jobs that have ended."""
+        for job in [j for j in self.all() if j.state in ENDED][MOST_KEPT:]:
+            del self._jobs[job.id]
+            (self.folder / f"{job.id}.json").unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Job | None:
+    """The job of a file; None, with a word on standard error, where it holds none."""
+    try:
+        if path.is_symlink() or not _NAME.fullmatch(path.stem):
+            raise ValueError("its name is not that of a job")
+        content = read_json(path)
+        job = Job(**content)
+        ask = ASKS.validate_python(job.asked)
+        whole = (
+            job.id == path.stem
+            and job.kind == ask.kind
+            and job.state in ("queued", "running", *ENDED)
+            and type(job.deaths) is type(job.attempts) is int
+        )
+        if not whole:
+            raise ValueError("its fields are not those of a job")
+        return job
+    except (ArtifactError, OSError, TypeError, ValueError) as error:  # pydantic's are ValueErrors
+        problem = "what it asks is no request" if isinstance(error, ValidationError) else error
+        print(f"headwater: {path} is left alone: {problem}.", file=sys.stderr)
+        return None
