@@ -329,11 +329,11 @@ def _fit(run: Path) -> Artifact | None:
 
 
 def _n_train(run: Path, fit: Artifact | None) -> int | None:
-    if fit is not None and "n_train" in fit.facts:
-        return int(fit.facts["n_train"])
     known = corpus.n_train(run)
     if known is not None:
         return known
+    if fit is not None and "n_train" in fit.facts:
+        return int(fit.facts["n_train"])
     told = [facts.get("n_train") for facts in map(_trace_facts, trace_folders(run).values())]
     if any(told):
         return max(int(n) for n in told if n)
