@@ -3,6 +3,7 @@
 `headwater.core.display.Shown` finds `html` by the name of this module, as core lies below it.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -42,8 +43,7 @@ def html(result: Any) -> str:
 def _style() -> str:
     """The page's style sheet within the class `headwater`: what it says of the page, it says of that box."""
     whole = stylesheet("style.css.j2") + stylesheet("notebook.css.j2")
-    for name in (":root", "body", "html"):
-        whole = whole.replace(f"\n{name} {{", "\n& {").replace(f"  {name} {{", "  & {")
+    whole = re.sub(r"(?m)^(\s*)(?::root|body|html) \{", r"\1& {", whole)
     return f".headwater {{\n{whole}\n}}"
 
 

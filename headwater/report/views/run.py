@@ -384,7 +384,8 @@ def _costs(run: Path, record: Mapping[str, Any], fit: Artifact | None) -> list[d
         rows.append(_cost(f"trace {name}", spent, unit, passes))
     known = corpus.facts(run)
     if known is not None:
-        rows.append(_cost("survey", known.get("seconds"), unit, told=str(known.get("passes", ""))))
+        passes, told = known.get("n_passes"), str(known.get("passes", ""))
+        rows.append(_cost("survey", known.get("seconds"), None, passes, "" if passes else told))
     for name, path in _verifications(run).items():
         runs = Verification.load(path).facts.get("runs")
         told = "" if runs is None else f"{runs} trainings"
@@ -401,7 +402,7 @@ def _cost(name: str, seconds: Any, unit: Any, passes: Any = None, told: str = ""
         passes = seconds / unit
     parts = [told] if told else []
     if passes is not None:
-        parts.append(f"{passes:.3g} passes over the data")
+        parts.append(f"{passes:.3g} pass{'es' * (passes != 1)} over the data")
     if seconds is not None:
         parts.append(text.duration(seconds))
     return {
