@@ -123,6 +123,7 @@ class Findings:
         sections: What was found, part by part.
         metadata: The examples' own columns.
         texts: How the examples shown read, by number, where they have a text.
+        pictures: How they look, by number, where they are images: bytes (channel, row, column).
         facts: What made the findings.
     """
 
@@ -131,6 +132,7 @@ class Findings:
     sections: tuple[Section, ...] = ()
     metadata: dict[str, list] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
+    pictures: dict[int, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -256,6 +258,8 @@ class Findings:
         with ArtifactWriter(folder, kind=KIND, facts=facts, made_from=made_from) as writer:
             writer.table("findings", {k: v for k, v in self.table().items() if k != "id"} or {})
             writer.table("train", to_table(self.ids, self.metadata))
+            for i, picture in self.pictures.items():
+                writer.tensor(f"picture:{i}", picture)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Findings":
@@ -270,6 +274,7 @@ class Findings:
             sections=tuple(_section(s) for s in facts["sections"]),
             metadata=metadata,
             texts={int(i): t for i, t in facts["texts"].items()},
+            pictures={int(n.partition(":")[2]): t for n, t in artifact.tensors("picture:")},
             facts=facts["facts"],
         )
 
@@ -324,6 +329,7 @@ def joined(parts: Sequence[Findings]) -> Findings:
         sections=tuple(s for part in parts for s in part.sections),
         metadata=parts[0].metadata,
         texts={i: t for part in parts for i, t in part.texts.items()},
+        pictures={i: t for part in parts for i, t in part.pictures.items()},
         facts={k: v for part in parts for k, v in part.facts.items()},
     )
 

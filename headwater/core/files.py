@@ -95,12 +95,6 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: str | Path, content: str) -> Path:
-    """Write a text file as `write_bytes` does; half surrogate pairs are replaced."""
-    write_bytes(path, content.encode("utf-8", "replace"))
-    return Path(path)
-
-
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
