@@ -11,6 +11,7 @@ pytest.importorskip("playwright", reason="needs Playwright: pip install -e '.[de
 from playwright.sync_api import expect
 
 from headwater.training.changes import ChangeSet
+from tests.e2e.conftest import settle
 
 pytestmark = pytest.mark.thorough
 PAGES = ("ask", "evidence", "verify", "corpus", "run", "timeline")
@@ -82,7 +83,8 @@ def test_an_example_is_found_and_opened_by_keys_alone(visit, place):
 
 def test_every_control_shows_its_focus_and_the_content_can_be_skipped_to(visit, place):
     page = visit(place, "evidence/lava")
-    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    page.reload()
+    settle(page)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     page.keyboard.press("Enter")
@@ -108,7 +110,9 @@ def test_methods_stand_next_to_one_another_and_what_they_share_is_marked(visit, 
     ]
     for i, column in enumerate(columns.all()):
         others = set().union(*listed[:i], *listed[i + 1 :])
-        shared = column.locator("li.shared").evaluate_all("rows => rows.map(r => r.dataset.example)")
+        shared = column.locator("li.shared").evaluate_all(
+            "rows => rows.map(r => r.dataset.example)"
+        )
         assert set(shared) == listed[i] & others
 
 
@@ -216,8 +220,7 @@ def test_nothing_is_wider_than_a_phone(visit, place, scheme):
     page = visit(place, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     for name in PAGES:
         page.goto(place.at(name))
-        page.wait_for_timeout(150)
-        page.locator("main h1").wait_for()
+        settle(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, name
     page.goto(place.at("evidence/lava"))
     page.locator(".card").first.wait_for()
@@ -249,8 +252,7 @@ def test_axe_finds_nothing_to_object_to(visit, place, scheme):
     page = visit(place, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce")
     for name in PAGES:
         page.goto(place.at(name))
-        page.wait_for_timeout(300)
-        page.locator("main h1").wait_for()
+        settle(page)
         page.evaluate(AXE.read_text(encoding="utf-8"))
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
         assert not [(name, v["id"], v["nodes"][0]["html"][:200]) for v in found]

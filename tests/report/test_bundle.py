@@ -49,8 +49,16 @@ def test_the_lock_names_no_place_to_download_from():
 def test_the_page_is_small_and_asks_nothing_of_other_places():
     files = {name: (STATIC / name).read_text(encoding="utf-8") for name in ("app.js", "app.css")}
     assert sum(map(len, files.values())) < 2**20
-    places = {p for content in files.values() for p in re.findall(r"\b(?:https?|wss?)://[^\"'` )]*", content)}
-    assert places <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1998/Math/MathML", "http://www.w3.org/1999/xhtml"}
+    places = {
+        p
+        for content in files.values()
+        for p in re.findall(r"\b(?:https?|wss?)://[^\"'` )]*", content)
+    }
+    assert places <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1998/Math/MathML",
+        "http://www.w3.org/1999/xhtml",
+    }
     assert "@import" not in files["app.css"] and "url(" not in files["app.css"]
 
 
@@ -71,7 +79,9 @@ def test_the_shell_has_one_style_sheet_and_one_script():
 def colours(css: str) -> dict[str, dict[str, str]]:
     """The colours of the light and the dark page, by name."""
     light, dark = {}, {}
-    for match in re.finditer(r"(@media \(prefers-color-scheme: dark\) \{\s*)?:root \{([^}]*)\}", css):
+    for match in re.finditer(
+        r"(@media \(prefers-color-scheme: dark\) \{\s*)?:root \{([^}]*)\}", css
+    ):
         found = dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{3,6})\b", match[2]))
         (dark if match[1] else light).update(found)
     return {"light": light, "dark": light | dark}
