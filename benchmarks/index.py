@@ -157,7 +157,11 @@ def synthetic(folder: Path, n: int, dtype: str) -> StoredRows:
     folder.mkdir(parents=True)
     journal = Journal(
         made_from={"model": "", "task": "", "projection": ""},
-        space={"kind": "whitened", "damping": {"value": 1.0}},
+        space={
+            "kind": "whitened",
+            "fingerprint": "",
+            "damping": {"value": 1.0, "unit": "absolute", "source": "made up"},
+        },
         layers={"all": DIM},
         dtype=dtype,  # type: ignore[arg-type]
         n_train=n,

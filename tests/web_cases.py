@@ -96,6 +96,14 @@ async def served(
         await engine.stop()
 
 
+async def with_client(app: Any, test: Callable[[httpx.AsyncClient], Any]) -> Any:
+    """What a test gives with a client of an application that does not compute."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    place = f"http://127.0.0.1:{PORT}"
+    async with httpx.AsyncClient(transport=transport, base_url=place, headers=OWN) as client:
+        return await test(client)
+
+
 def over_http(run: Path, test: Callable[..., Any], **options: Any) -> Any:
     """Run an asynchronous test with a client and an engine."""
 

@@ -1,9 +1,11 @@
 """What an audit gives: one row for each training example, what was found in words, and what it cost.
 
 Columns have the names that users of cleanlab know: `label_score` in [0, 1], low where the label is doubtful,
-`is_label_issue`, `given_label`, `predicted_label`, `ood_score`, `is_outlier_issue`.
+`is_label_issue`, `given_label`, `predicted_label`, `ood_score`, `is_outlier_issue`. Where there are no classes the
+first two are about the texts, or the targets; `Findings.judged` says which.
 """
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from headwater.core.files import write_bytes
 from headwater.core.fit import Fit
 from headwater.core.scores import from_table, to_table
 from headwater.core.store import Artifact, ArtifactWriter
@@ -120,6 +123,7 @@ class Findings:
         sections: What was found, part by part.
         metadata: The examples' own columns.
         texts: How the examples shown read, by number, where they have a text.
+        pictures: How they look, by number, where they are images: bytes (channel, row, column).
         facts: What made the findings.
     """
 
@@ -128,6 +132,7 @@ class Findings:
     sections: tuple[Section, ...] = ()
     metadata: dict[str, list] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
+    pictures: dict[int, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -144,6 +149,16 @@ class Findings:
     def passes(self) -> Passes:
         """What all sections cost beyond the fit."""
         return sum((s.passes for s in self.sections), Passes())
+
+    @property
+    def judged(self) -> str:
+        """What `label_score` is about, as people call it: labels, or texts or targets where there are no classes."""
+        return self.facts.get("judged", "labels")
+
+    @property
+    def verdict(self) -> str:
+        """What those that are marked are held to be."""
+        return verdict(self.judged)
 
     @property
     def issues(self) -> list[int]:
@@ -212,7 +227,7 @@ class Findings:
         return pandas.DataFrame(self.table() | more)
 
     def write(self, path: str | Path) -> Path:
-        """Write the table as Parquet or CSV, by the name's ending.
+        """Write the table as Parquet or CSV, by the name's ending, whole or not at all.
 
         Raises:
             ValueError: The ending is neither.
@@ -224,12 +239,12 @@ class Findings:
         path = Path(path)
         if path.suffix not in (".parquet", ".csv"):
             raise ValueError(f"Expected a name that ends in .parquet or .csv; got {path.name!r}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = pyarrow.table(self.table())
+        table, content = pyarrow.table(self.table()), io.BytesIO()
         if path.suffix == ".csv":
-            pyarrow.csv.write_csv(table, path)
+            pyarrow.csv.write_csv(table, content)
         else:
-            pyarrow.parquet.write_table(table, path)
+            pyarrow.parquet.write_table(table, content)
+        write_bytes(path, content.getvalue())
         return path
 
     def save(self, folder: str | Path) -> None:
@@ -243,6 +258,8 @@ class Findings:
         with ArtifactWriter(folder, kind=KIND, facts=facts, made_from=made_from) as writer:
             writer.table("findings", {k: v for k, v in self.table().items() if k != "id"} or {})
             writer.table("train", to_table(self.ids, self.metadata))
+            for i, picture in self.pictures.items():
+                writer.tensor(f"picture:{i}", picture)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Findings":
@@ -257,6 +274,7 @@ class Findings:
             sections=tuple(_section(s) for s in facts["sections"]),
             metadata=metadata,
             texts={int(i): t for i, t in facts["texts"].items()},
+            pictures={int(n.partition(":")[2]): t for n, t in artifact.tensors("picture:")},
             facts=facts["facts"],
         )
 
@@ -272,6 +290,11 @@ class Auditor(ABC):
     @abstractmethod
     def audit(self, fit: Fit) -> Findings:
         """Return `Findings` with a row for each training example."""
+
+
+def verdict(judged: str) -> str:
+    """A label is wrong; of a text or a target one can doubt that it belongs there."""
+    return "wrong" if judged == "labels" else "doubtful"
 
 
 def marked(suspicion: Tensor, n: int) -> Bool[Tensor, " train"]:
@@ -306,6 +329,7 @@ def joined(parts: Sequence[Findings]) -> Findings:
         sections=tuple(s for part in parts for s in part.sections),
         metadata=parts[0].metadata,
         texts={i: t for part in parts for i, t in part.texts.items()},
+        pictures={i: t for part in parts for i, t in part.pictures.items()},
         facts={k: v for part in parts for k, v in part.facts.items()},
     )
 

@@ -5,8 +5,6 @@ labels are wrong. `headwater.calibrate.claims` then claims the most doubtful of 
 allows. It holds whatever the ranking is worth; a good one claims more.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +15,9 @@ from torch import Tensor
 
 from headwater.audit.base import Findings, Section
 from headwater.calibrate import draw_sample, select
-from headwater.core.files import sibling
-from headwater.data.text import cell, read_rows
+from headwater.core.files import write_bytes
+from headwater.data.text import cell, csv_bytes, read_rows
+from headwater.numerics.batch_ranks import decimal
 
 WRONG = "is_wrong"  # the column that a person fills in
 _YES, _NO = ("1", "true", "yes", "y", "wrong"), ("0", "false", "no", "n", "right")
@@ -112,17 +111,12 @@ def write_sheet(
     given = findings.columns.get("given_label")
     pool = doubtful(findings, among)
     drawn = pool[draw_sample(len(pool), n, seed=seed)].tolist()
-    sheet = io.StringIO(newline="")
-    writer = csv.writer(sheet)
-    labelled = ["given_label"] if given is not None else []
-    writer.writerow(["id", WRONG, *labelled, *(["text"] if texts else [])])
-    for i in drawn:
-        label = [int(given[i])] if given is not None else []
-        writer.writerow([findings.ids[i], "", *label, *([cell(texts[i])] if texts else [])])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = sibling(path, "partial")
-    partial.write_text(sheet.getvalue(), encoding="utf-8", newline="")
-    partial.replace(path)
+    columns: dict[str, list] = {"id": [findings.ids[i] for i in drawn], WRONG: [""] * len(drawn)}
+    if given is not None:
+        columns["given_label"] = [int(given[i]) for i in drawn]
+    if texts:
+        columns["text"] = [cell(texts[i]) for i in drawn]
+    write_bytes(path, csv_bytes(columns))
     return path
 
 
@@ -177,7 +171,7 @@ def controlled(
         torch.tensor([place[i] for i in looked_at.tolist()]),
         outcome,
         share=false_claims,
-        alpha=round(1 - confidence_level, 12),
+        alpha=float(1 - decimal(confidence_level)),
         suspicious="low",
     )
     claimed = torch.zeros(len(findings), dtype=torch.bool)
@@ -195,8 +189,8 @@ def controlled(
     told = replace(
         labels,
         sentences=(
-            f"{int(wrong.sum()):,} of {len(findings):,} labels are marked: {int(claimed.sum()):,} claimed with "
-            f"error control, and {int(outcome.sum()):,} that were verified to be wrong.",
+            f"{int(wrong.sum()):,} of {len(findings):,} {findings.judged} are marked: {int(claimed.sum()):,} claimed "
+            f"with error control, and {int(outcome.sum()):,} that were verified to be wrong.",
             *labels.sentences[1:],
         ),
     )

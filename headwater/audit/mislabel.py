@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headwater.audit.base import Auditor, Findings, Passes, Section, Table, marked
+from headwater.audit.base import Auditor, Findings, Passes, Section, Table, marked, verdict
 from headwater.audit.confident import confidently_other, label_quality
 from headwater.audit.subject import Outlook, Subject
 from headwater.calibrate import Complexity, complexity
@@ -528,10 +528,15 @@ class Mislabels(Auditor):
 
     def of(self, subject: Subject) -> Findings:
         """The findings about a subject."""
+        if self.n_issues is not None and self.n_issues > len(subject):
+            raise ValueError(
+                f"Expected at most {len(subject):,} issues, one for each training example; got {self.n_issues:,} "
+                "(n_issues, --issues)."
+            )
         started = time.perf_counter()
         chosen = [m for m in MEASURES if not self.measures or m.name in self.measures]
         found, missed = measure_all(subject, chosen)
-        members = self._members(found)
+        members = self._members(found, subject.judged)
         suspicion = combined_suspicion([found[name].suspicion for name in members])
         columns: dict[str, Tensor | list] = {"label_score": 1 - suspicion}
         wrong, rule = self._marked(subject, suspicion)
@@ -543,9 +548,9 @@ class Mislabels(Auditor):
         papers = dict.fromkeys(m.measure.paper for m in found.values() if m.measure.paper)
         section = Section(
             name="labels",
-            title="Labels",
+            title=subject.judged.capitalize(),
             sentences=(
-                f"{int(wrong.sum()):,} of {len(subject):,} labels are held to be wrong: {rule}.",
+                f"{held_to_be_wrong(int(wrong.sum()), len(subject), subject.judged)}: {rule}.",
                 f"label_score is one minus the mean rank over {', '.join(members)}; equal weights, nothing tuned.",
             ),
             tables=(_table(found, missed, members, suspicion),),
@@ -558,6 +563,7 @@ class Mislabels(Auditor):
         facts = {
             "method": "audit",
             "papers": list(papers),
+            "judged": subject.judged,
             "combined": list(members),
             "marked_by": rule,
             "n_train": len(subject),
@@ -571,7 +577,7 @@ class Mislabels(Auditor):
             facts=facts,
         )
 
-    def _members(self, found: Mapping[str, Measured]) -> list[str]:
+    def _members(self, found: Mapping[str, Measured], judged: str) -> list[str]:
         """Names of the measures whose ranks are averaged."""
         if self.combine:
             lost = [name for name in self.combine if name not in found]
@@ -584,26 +590,37 @@ class Mislabels(Auditor):
         members = [name for name in kinds if name is not None]
         able = [name for name, each in found.items() if each.measure.suspicious is not None]
         if not (members or able):
-            raise ValueError("None of these measures tells which labels are doubtful; name others.")
+            raise ValueError(
+                f"None of these measures tells which {judged} are doubtful; name others."
+            )
         return members or able
 
     def _marked(self, subject: Subject, suspicion: Tensor) -> tuple[Bool[Tensor, " train"], str]:
         """Which labels are held to be wrong, and by what rule."""
         if self.n_issues is not None:
-            n = min(self.n_issues, len(subject))
-            return marked(suspicion, n), f"the {n:,} most doubtful, as asked"
-        if not subject.classes:
-            none = torch.zeros(len(subject), dtype=torch.bool)
             return (
-                none,
-                "without classes nothing says how many; ask for a number (n_issues, --issues), or verify ",
+                marked(suspicion, self.n_issues),
+                f"the {self.n_issues:,} most doubtful, as asked",
             )
-            "a sample"
+        if not subject.classes:
+            return torch.zeros(len(subject), dtype=torch.bool), (
+                "without classes nothing says how many; ask for a number (n_issues, --issues), or verify a sample"
+            )
         probabilities, whose = _told(subject)
         n = int(confidently_other(probabilities, subject.labels).sum())
         return marked(suspicion, n), (
             f"the {n:,} most doubtful, as many as {whose} hold confidently to be of another class"
         )
+
+
+def held_to_be_wrong(n: int, total: int, judged: str) -> str:
+    """How many are marked, in words that fit.
+
+    Example:
+        >>> held_to_be_wrong(1, 10, "labels"), held_to_be_wrong(2, 10, "texts")
+        ('1 of 10 labels is held to be wrong', '2 of 10 texts are held to be doubtful')
+    """
+    return f"{n:,} of {total:,} {judged} {'is' if n == 1 else 'are'} held to be {verdict(judged)}"
 
 
 def _told(subject: Subject) -> tuple[Float[Tensor, "train class"], str]:

@@ -208,6 +208,13 @@ class Subject:
         logits = self._final(note=False).logits
         return 0 if logits is None else logits.shape[1]
 
+    @property
+    def judged(self) -> str:
+        """What may be wrong of an example, as people call it: labels, texts or targets."""
+        if self.classes:
+            return "labels"
+        return "texts" if self.categorical else "targets"
+
     def outlooks(self, run: int) -> list[Outlook]:
         """What the model said at each checkpoint of a run, the initial parameters left out."""
         return [self._at(run, i) for i in self.kept(run)]

@@ -100,11 +100,9 @@ class BatchBound:
 
     def __repr__(self) -> str:
         name = f"{self.kind} {', '.join(map(str, self.order))}".strip()
-        level = (
-            f"about {1 - self.alpha:g}"
-            if self.exact_coverage is None
-            else f"{self.exact_coverage:.4f}"
-        )
+        miss = self.alpha if self.exact_coverage is None else 1 - self.exact_coverage
+        about = "about " if self.exact_coverage is None else ""
+        level = about + (f"{1 - miss:.4f}" if miss >= 5e-5 or not miss else f"1 - {miss:.2g}")
         why = f"; {self.reason}" if self.reason else ""
         return (
             f"BatchBound({name} of {self.m}: {_shown(self.lower)} to {_shown(self.upper)} with probability {level}; "

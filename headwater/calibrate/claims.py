@@ -23,7 +23,6 @@ long as no verified outcome had a part in them.
 import math
 import warnings
 from dataclasses import dataclass
-from fractions import Fraction
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal
 
@@ -109,7 +108,7 @@ class Selection:
         seen = f"{n:,} of {total:,} examples were verified; {found:,} of them {_are(found)} wrong."
         if self.reason:
             return f"No further example is claimed to be wrong: {self.reason}. {seen}"
-        confidence = f"with {_percent(1 - decimal(self.alpha))} confidence"
+        confidence = f"with {_confidence(self.alpha)} confidence"
         most, claims = self.false_at_most, len(self)
         if most == claims:
             are = "1 example is" if claims == 1 else f"{claims:,} examples are"
@@ -118,7 +117,7 @@ class Selection:
         if self.share is None:
             promise = f"at most {most:,} of them {_are(most)} false claims"
         else:
-            limit = _percent(decimal(self.share))
+            limit = _most(self.share)
             promise = f"at most {limit} of them are false claims ({most:,} at most)"
         if claims == 1:
             opening = "This 1 example is wrong"
@@ -148,8 +147,25 @@ def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def _percent(share: Fraction) -> str:
-    return f"{float(100 * share):.4g} %"
+_DIGITS = 8  # behind the point of a percentage
+
+
+def _confidence(alpha: float) -> str:
+    """1 - alpha in per cent, never rounded up: no alpha is a confidence of 100 %."""
+    exact = 100 * (1 - decimal(alpha))
+    below = math.floor(exact * 10**_DIGITS)
+    more = "" if below == exact * 10**_DIGITS else "more than "
+    return f"{more}{_digits(below)} %"
+
+
+def _most(share: float) -> str:
+    """A share that is not passed in per cent, never rounded down."""
+    return f"{_digits(math.ceil(100 * decimal(share) * 10**_DIGITS))} %"
+
+
+def _digits(scaled: int) -> str:
+    whole, rest = divmod(scaled, 10**_DIGITS)
+    return f"{whole}.{rest:0{_DIGITS}}".rstrip("0").rstrip(".")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +232,8 @@ class ClaimCurve:
             threshold, most = float(below[k]), int(bounds[k])
         else:
             reason = (
-                f"no list of the most suspicious has at most {_percent(decimal(share))} false claims with "
-                f"{_percent(1 - decimal(self.alpha))} confidence; verify more, or draw from fewer and more suspicious "
+                f"no list of the most suspicious has at most {_most(share)} false claims with "
+                f"{_confidence(self.alpha)} confidence; verify more, or draw from fewer and more suspicious "
                 "examples, or allow a larger share"
             )
         selected = candidates & (signed > threshold)
@@ -247,7 +263,7 @@ class ClaimCurve:
 
     def __repr__(self) -> str:
         total, n = len(self.scores), len(self.verified)
-        confidence = _percent(1 - decimal(self.alpha))
+        confidence = _confidence(self.alpha)
         return (
             f"ClaimCurve({len(self.thresholds)} thresholds, together at {confidence} confidence; {n:,} of {total:,} "
             "verified)"
@@ -312,7 +328,7 @@ def select(
     if q > n:
         least = _fewest(len(scores), eta, alpha)
         reason = (
-            f"at most {eta:,} false {'claim' if eta == 1 else 'claims'} with {_percent(1 - decimal(alpha))} confidence "
+            f"at most {eta:,} false {'claim' if eta == 1 else 'claims'} with {_confidence(alpha)} confidence "
             f"takes {least:,} or more verified examples of {len(scores):,}"
         )
     elif not selected.any():

@@ -23,9 +23,9 @@ COMMANDS: dict[str, str] = {
     "calibrate": "how sure one may be: hedged probabilities, claims with a bound on false ones",
     "forget": "edit weights so that the model recites less, and take it back exactly",
     "bench": "measure attribution methods against retraining, on real data",
-    "serve": "open a local page over a run: ask, look, mark examples, verify",
     "survey": "look at every training example once: self-influence, outliers, near-duplicates",
     "report": "write the evidence page of a run as one file that needs no server",
+    "serve": "open a local page over a run: ask, look, mark examples, verify",
     "show": "show a saved trace again",
     "rerun": "repeat a run from its run.json",
     "cite": "BibTeX for what a run used",
@@ -54,6 +54,7 @@ examples:
   headwater adapt quip runs/mine --bits 3 --out runs/small
   headwater audit runs/mine
   headwater serve runs/mine
+  headwater audit structure runs/mine
   headwater verify runs/mine
   headwater report runs/mine
 

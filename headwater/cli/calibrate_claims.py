@@ -1,6 +1,5 @@
 """`headwater calibrate draw` and `select`: claims with error control, from scores and a few verified examples."""
 
-import csv
 import io
 import math
 from dataclasses import dataclass
@@ -79,6 +78,7 @@ class Select(Table):
         share: Most of the claims that may be false, as a share of them: 0.1 is 10 %.
         alpha: Probability of more: 0.05 is 95 % confidence.
         out: The table to write, CSV or Parquet; beside the scores when left out.
+        replace: Replace a table that is there and holds something else.
         json: Print the result as JSON.
     """
 
@@ -88,6 +88,7 @@ class Select(Table):
     share: float | None = None
     alpha: float = 0.05
     out: Path | None = None
+    replace: bool = False
     json: bool = False
 
     def check(self) -> None:
@@ -126,7 +127,7 @@ def draw(command: Draw) -> int:
     ids = [pool.ids[i] for i in chosen]
     columns: dict[str, list] = {command.id: ids, "wrong": [""] * len(chosen)}
     columns |= {name: [cell(pool.rows[i][1].get(name)) for i in chosen] for name in others}
-    _write(command.out, columns)
+    _write(command.out, columns, replace=False)
     if command.json:
         emit_json({"ids": ids, "of": len(pool.ids), "out": command.out})
         return 0
@@ -153,11 +154,13 @@ def select(command: Select) -> int:
         suspicious=pool.suspicious,
     )
     out = command.out or command.scores.with_name(f"{command.scores.stem}-claims.csv")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; choose another --out for the table.")
     columns = {command.id: pool.ids} | found.table()
     order = sorted(range(len(pool.ids)), key=pool.scores.__getitem__)
     order = order if pool.suspicious == "low" else order[::-1]
     columns = {name: [values[i] for i in order] for name, values in columns.items()}
-    _write(out, columns)
+    _write(out, columns, replace=command.replace)
     if command.json:
         claimed = [
             i for i, yes in zip(columns[command.id], columns["selected"], strict=True) if yes
@@ -251,23 +254,34 @@ def _outcomes(command: Select, ids: list[str]) -> tuple[list[int], list[bool]]:
     return verified, wrong
 
 
-def _write(path: Path, columns: dict[str, list]) -> None:
-    """A table, whole or not at all."""
-    from headwater.core.files import sibling
+def _write(path: Path, columns: dict[str, list], *, replace: bool) -> None:
+    """A table, whole or not at all; the same one may be there already.
 
-    partial = sibling(path, "partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Raises:
+        ValueError: There is another table, or the name does not say how to write it.
+    """
+    from headwater.core.files import write_bytes
+
+    content = _encoded(path, columns)
+    if path.is_file() and not replace:
+        if path.read_bytes() == content:
+            return
+        raise ValueError(
+            f"{path} exists and holds something else; choose another --out, or replace it with --replace."
+        )
+    write_bytes(path, content)
+
+
+def _encoded(path: Path, columns: dict[str, list]) -> bytes:
     if path.suffix.lower() == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
-    elif path.suffix.lower() == ".csv":
-        text = io.StringIO(newline="")
-        rows = csv.writer(text)
-        rows.writerow(columns)
-        rows.writerows(zip(*columns.values(), strict=True))
-        partial.write_text(text.getvalue(), encoding="utf-8", newline="")
-    else:
-        raise ValueError(f"{path} must be named .csv or .parquet, to say how it is to be written.")
-    partial.replace(path)
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+        return buffer.getvalue()
+    if path.suffix.lower() == ".csv":
+        from headwater.data.text import csv_bytes
+
+        return csv_bytes(columns)
+    raise ValueError(f"{path} must be named .csv or .parquet, to say how it is to be written.")

@@ -50,7 +50,7 @@ class CurvatureEdit:
         run: The run folder of `headwater fit`.
         out: Folder of the edit; needed unless --dry-run.
         keep_mass: Share of the curvature's mass that is kept, in (0, 1].
-        layers: Patterns of names of linear layers; every one that the fit follows, when left out.
+        layers: Patterns of names of linear and convolutional layers; every one that the fit follows, when left out.
         ranking: By mass, which is the paper's; corrected and rectangular are variants, random is the control.
         seed: Seed of the control.
         write_model: Folder for the edited model, which must not exist yet.

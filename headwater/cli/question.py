@@ -1,5 +1,6 @@
 """What a run folder is asked, and how an answer is found again: shared by `trace` and `timeline`."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ class Question:
         run: The run folder of `headwater fit`.
         prompt: Prompts; repeat or list several.
         completion: Completions, one a prompt; generated when left out.
+        span: Ask about a part of each completion: its words, as they stand there, or first..last, the numbers of its
+            first character and of the one after its last; repeat or list several.
         queries: A file of prompts and completions, in place of --prompt.
         source: Metadata column to total scores by.
         max_new_tokens: Longest generated completion.
@@ -33,6 +36,7 @@ class Question:
     run: tyro.conf.Positional[Path]
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     completion: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    span: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     queries: Path | None = None
     source: str | None = None
     max_new_tokens: int = 24
@@ -50,6 +54,10 @@ class Question:
             raise ValueError(
                 f"Expected one completion a prompt; got {len(self.prompt)} prompts and {len(self.completion)} "
                 "completions. Leave --completion out to let the model complete the prompts."
+            )
+        if self.span and len(self.span) != len(self.prompt):
+            raise ValueError(
+                f"Expected one span a prompt; got {len(self.prompt)} prompts and {len(self.span)} spans."
             )
 
 
@@ -74,6 +82,10 @@ def asked_queries(
         generate(language, p, max_new_tokens=question.max_new_tokens, chat=question.chat)
         for p in prompts
     )
+    spans: list[tuple[int, int] | None] | None = None
+    if question.span:
+        spans = [_found(s, c) for s, c in zip(question.span, completions, strict=True)]
+        spans += [None] * len(rather_than)
     if rather_than:
         prompts, completions = prompts + prompts, (*completions, *rather_than)
     examples = completion_examples(
@@ -81,11 +93,22 @@ def asked_queries(
         prompts,
         completions,
         chat=question.chat,
+        spans=spans,
         max_length=language.context_length,
     )
     for message in examples.report.messages:
         say(f"  queries: {message}")
     return examples
+
+
+def _found(span: str, completion: str) -> tuple[int, int]:
+    """Where a span stands in a completion; words are taken where they first do."""
+    if numbers := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", span):
+        return int(numbers[1]), int(numbers[2])
+    start = completion.find(span)
+    if not span or start < 0:
+        raise ValueError(f"Expected a --span of words of {completion!r}; got {span!r}.")
+    return start, start + len(span)
 
 
 def as_asked(question: Question, more: Sequence[Any] = ()) -> tuple[dict[str, Any], str]:

@@ -1,6 +1,5 @@
 """`headwater trace`: which training examples raised or lowered a completion."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,9 @@ from headwater.cli.question import Question, as_asked, asked_queries, check_name
 if TYPE_CHECKING:
     from headwater.core.capture import Progress
     from headwater.core.evidence import Evidence
+    from headwater.core.fit import Fit
+    from headwater.core.scores import Scores
+    from headwater.report.explain import Partial, Rival
 
 CANDIDATES = 300
 
@@ -54,6 +56,8 @@ class Trace(Question):
         rescore: With --index; --no-rescore takes the index's own scores, in milliseconds.
         candidates: With --index: how many examples each source of candidates adds, for each prompt.
         where: With --index: metadata to look among, such as source=wiki or year=1990..1999; repeat for several.
+        compare: Put the strongest examples by shared words (BM25) and by embeddings beside the answer. The model's
+            embeddings of the training data take a forward pass once, and are kept in the run folder.
     """
 
     rather_than: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -63,6 +67,7 @@ class Trace(Question):
     rescore: bool = True
     candidates: int = CANDIDATES
     where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    compare: bool = False
     method: Annotated[InfluenceFlags, tyro.conf.arg(name="")] = field(
         default_factory=InfluenceFlags
     )
@@ -121,9 +126,17 @@ def trace(
     quiet: bool = False,
     opened: Opened | None = None,
     progress: "Progress | None" = None,
-    partial: "Callable[[Evidence], None] | None" = None,
+    partial: "Partial | None" = None,
 ) -> tuple["Evidence", Path]:
-    """Trace, save the evidence and its page, and return both. A finished trace of the same question is read."""
+    """Trace, save the evidence and its page, and return both. A finished trace of the same question is read.
+
+    Args:
+        command: What to ask of which run.
+        quiet: Show no progress.
+        opened: The run's model and data with its record, where they are open already.
+        progress: Called with (done, total, note), in place of a bar.
+        partial: Called with the name of a stage and the evidence as far as it is known by then.
+    """
     from headwater.core.distributed import current
     from headwater.core.evidence import Evidence
     from headwater.report.html import write_html
@@ -143,7 +156,7 @@ def trace(
     if world.agreed(known):
         return Evidence.load(folder), page
     with progress_bar(quiet=quiet, to=progress) as bar:
-        evidence = _trace(command, {"question": digest}, opened, bar)
+        evidence = _trace(command, {"question": digest}, opened, bar, partial)
 
     def save() -> None:
         evidence.save(folder)
@@ -168,6 +181,7 @@ def _trace(
     facts: dict[str, Any],
     opened: Opened | None,
     progress: "Progress | None",
+    partial: "Partial | None",
 ) -> "Evidence":
     from headwater.core.cost import peak_memory_bytes
     from headwater.core.fit import load
@@ -200,8 +214,10 @@ def _trace(
         control=control,
         source=command.source,
         contrast=bool(command.rather_than),
+        rivals=_rivals(command.run) if command.compare else (),
         facts=known | facts,
         progress=progress,
+        partial=partial,
     )
     if command.index and not command.rescore:
         return evidence
@@ -210,6 +226,29 @@ def _trace(
     cost = {"cost": {name: s / unit for name, s in seconds.items()}} if unit else {}
     measured = {"seconds": seconds, "peak_memory": peak_memory_bytes()} | cost
     return replace(evidence, facts=evidence.facts | measured)
+
+
+def _rivals(run: Path) -> "list[Rival]":
+    """What an answer is compared with: what anybody could have found without the curvature."""
+    from headwater.core.distributed import current
+    from headwater.report.explain import Rival
+    from headwater.trace.bm25 import BM25
+    from headwater.trace.similarity import EmbeddingSimilarity
+
+    def by_embedding(fit: "Fit", queries: Any, **question: Any) -> "Scores":
+        method, known = EmbeddingSimilarity(), None
+        if current().size == 1:
+            known = method.embedded(fit, run / "embeddings", progress=question.get("progress"))
+        return method.attribute(fit, queries, known=known, **question)
+
+    return [
+        Rival(name="BM25", about="shared words, rare ones first", scores=BM25().attribute),
+        Rival(
+            name="embedding",
+            about="cosine of the model's last hidden states, their mean taken off",
+            scores=by_embedding,
+        ),
+    ]
 
 
 def _rescoring(command: Trace) -> dict[str, Any]:

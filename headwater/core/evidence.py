@@ -8,7 +8,7 @@ nothing else, so that whatever they show can be recomputed from the saved folder
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +41,8 @@ class Influencer:
         token_scores: The share of the score that each token carries, in nats; may be empty.
         metadata: The example's columns, such as its title and source.
         loss: The example's own training loss, in nats.
+        query_scores: What the example did to each token of the completion, in nats: they add up to the score of a
+            log-probability; may be empty.
     """
 
     example_id: str
@@ -52,6 +54,7 @@ class Influencer:
     token_scores: tuple[float, ...] = ()
     metadata: dict[str, Value] = field(default_factory=dict)
     loss: float | None = None
+    query_scores: tuple[float, ...] = ()
 
     def __post_init__(self):
         _same_length("token_scores", self.token_scores, "tokens", self.tokens)
@@ -82,6 +85,25 @@ class SourceTotal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """The strongest examples by another method, to compare with.
+
+    Args:
+        method: Its name, such as "BM25".
+        about: What it looks at, in a few words.
+        unit: Unit of its scores; empty where they have none.
+        examples: The strongest first, with the beginning of their text as one token.
+        skipped: Why there are none, where the method could not run.
+    """
+
+    method: str
+    about: str = ""
+    unit: str = ""
+    examples: tuple[Influencer, ...] = ()
+    skipped: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """One query, and the training data behind the model's answer to it.
 
@@ -98,6 +120,8 @@ class Answer:
         sources: Totals over all training examples, by source.
         source_column: The metadata column that names the source.
         layers: Share of the absolute score that each group of layers carries.
+        modules: The same share by the kind of module, such as "mlp.down_proj".
+        rankings: The strongest examples by other methods.
         null_scale: Standard deviation of the scores of held-out examples, in nats.
         n_distinguishable: How many top ranks are told apart from noise.
         n_train: Training examples that were scored.
@@ -115,6 +139,8 @@ class Answer:
     sources: tuple[SourceTotal, ...] = ()
     source_column: str | None = None
     layers: dict[str, float] = field(default_factory=dict)
+    modules: dict[str, float] = field(default_factory=dict)
+    rankings: tuple[Ranking, ...] = ()
     null_scale: float | None = None
     n_distinguishable: int | None = None
     n_train: int
@@ -126,6 +152,9 @@ class Answer:
             "completion_tokens",
             self.completion_tokens,
         )
+        for _, _, influencer in self.ranked():
+            told = influencer.query_scores
+            _same_length("query_scores", told, "completion_tokens", self.completion_tokens)
 
     def ranked(self) -> Iterator[tuple[Side, int, Influencer]]:
         """Side, rank from 1, and example: those that raised the answer, then those that lowered."""
@@ -167,7 +196,8 @@ class Evidence:
     def load(cls, folder: str | Path) -> "Evidence":
         """Read what `save` wrote."""
         artifact = Artifact.open(folder, KIND)
-        rows = {name: artifact.table(name).to_pylist() for name in _SCHEMAS}
+        there = artifact.table_names  # an older version saved fewer tables
+        rows = {n: artifact.table(n).to_pylist() if n in there else [] for n in _SCHEMAS}
         return cls(answers=_answers(rows), facts=dict(artifact.facts))
 
     def to_json(self, *, indent: int | None = None) -> str:
@@ -287,6 +317,7 @@ _SCHEMAS = {
             "tokens": _STRINGS,
             "token_scores": _FLOATS,
             "metadata": pa.string(),  # JSON, since columns may mix text and numbers
+            "query_scores": _FLOATS,
         }
     ),
     "sources": pa.schema(
@@ -300,6 +331,27 @@ _SCHEMAS = {
         }
     ),
     "layers": pa.schema({"answer": pa.int64(), "name": pa.string(), "share": pa.float64()}),
+    "modules": pa.schema({"answer": pa.int64(), "name": pa.string(), "share": pa.float64()}),
+    "rankings": pa.schema(
+        {
+            "answer": pa.int64(),
+            "method": pa.string(),
+            "about": pa.string(),
+            "unit": pa.string(),
+            "skipped": pa.string(),
+        }
+    ),
+    "ranked": pa.schema(  # the examples of the rankings; `ranking` is the position among the answer's
+        {
+            "answer": pa.int64(),
+            "ranking": pa.int64(),
+            "rank": pa.int64(),
+            "example_id": pa.string(),
+            "score": pa.float64(),
+            "tokens": _STRINGS,
+            "metadata": pa.string(),
+        }
+    ),
 }
 _COLUMNS = (
     *("query_id", "rank", "side", "example_id"),
@@ -312,18 +364,29 @@ def _rows(answers: Sequence[Answer]) -> dict[str, list[dict]]:
     for index, answer in enumerate(answers):
         rows["answers"].append(_fields(answer))
         for side, rank, influencer in answer.ranked():
-            metadata = json.dumps(plain(influencer.metadata), allow_nan=False)
             key = {"answer": index, "side": side, "rank": rank}
-            rows["influencers"].append(key | _fields(influencer) | {"metadata": metadata})
+            rows["influencers"].append(key | _example(influencer))
         rows["sources"] += [{"answer": index} | _fields(source) for source in answer.sources]
-        rows["layers"] += [
-            {"answer": index, "name": _text(name), "share": share}
-            for name, share in answer.layers.items()
-        ]
+        for table, shares in (("layers", answer.layers), ("modules", answer.modules)):
+            rows[table] += [
+                {"answer": index, "name": _text(name), "share": share}
+                for name, share in shares.items()
+            ]
+        for number, ranking in enumerate(answer.rankings):
+            rows["rankings"].append({"answer": index} | _fields(ranking))
+            rows["ranked"] += [
+                {"answer": index, "ranking": number, "rank": rank} | _example(influencer)
+                for rank, influencer in enumerate(ranking.examples, start=1)
+            ]
     return rows
 
 
-def _fields(value: Answer | Influencer | SourceTotal) -> dict[str, Any]:
+def _example(influencer: Influencer) -> dict[str, Any]:
+    metadata = json.dumps(plain(influencer.metadata), allow_nan=False)
+    return _fields(influencer) | {"metadata": metadata}
+
+
+def _fields(value: Answer | Influencer | SourceTotal | Ranking) -> dict[str, Any]:
     row = {f.name: getattr(value, f.name) for f in fields(value)}
     return {name: _encodable(v) for name, v in row.items()}
 
@@ -335,7 +398,8 @@ def _encodable(value: Any) -> Any:
 
 
 def _answers(rows: dict[str, list[dict]]) -> tuple[Answer, ...]:
-    examples, sources, layers = (_by_answer(rows[t]) for t in ("influencers", "sources", "layers"))
+    tables = ("influencers", "sources", "layers", "modules", "rankings", "ranked")
+    examples, sources, layers, modules, rankings, ranked = (_by_answer(rows[t]) for t in tables)
     return tuple(
         Answer(
             **_tuples(row),
@@ -343,6 +407,8 @@ def _answers(rows: dict[str, list[dict]]) -> tuple[Answer, ...]:
             lowered=_influencers(examples[index], "lowered"),
             sources=tuple(SourceTotal(**_rest(r)) for r in sources[index]),
             layers={r["name"]: r["share"] for r in layers[index]},
+            modules={r["name"]: r["share"] for r in modules[index]},
+            rankings=_rankings(rankings[index], ranked[index]),
         )
         for index, row in enumerate(rows["answers"])
     )
@@ -356,15 +422,28 @@ def _by_answer(rows: list[dict]) -> dict[int, list[dict]]:
 
 
 def _influencers(rows: list[dict], side: Side) -> tuple[Influencer, ...]:
-    chosen = (row for row in rows if row["side"] == side)
+    return _in_order(row for row in rows if row["side"] == side)
+
+
+def _in_order(rows: Iterable[dict]) -> tuple[Influencer, ...]:
     return tuple(
         Influencer(**(_rest(_tuples(row)) | {"metadata": json.loads(row["metadata"])}))
-        for row in sorted(chosen, key=lambda row: row["rank"])
+        for row in sorted(rows, key=lambda row: row["rank"])
     )
 
 
+def _rankings(rows: list[dict], ranked: list[dict]) -> tuple[Ranking, ...]:
+    return tuple(
+        Ranking(**_rest(row), examples=_in_order(r for r in ranked if r["ranking"] == number))
+        for number, row in enumerate(rows)
+    )
+
+
+_KEYS = ("answer", "side", "rank", "ranking")
+
+
 def _rest(row: dict) -> dict:
-    return {name: v for name, v in row.items() if name not in ("answer", "side", "rank")}
+    return {name: v for name, v in row.items() if name not in _KEYS}
 
 
 def _tuples(row: dict) -> dict:

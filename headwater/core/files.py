@@ -78,19 +78,21 @@ def write_json(path: str | Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: str | Path, content: str) -> Path:
-    """Write a text file whole or not at all; half surrogate pairs are replaced."""
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file, whole or not at all; what a killed writer left beside it is used up by the next."""
     path = Path(path)
-    data = content.encode("utf-8", "replace")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = sibling(path, f"partial-{token_hex(4)}")
+    partial = sibling(path, "partial")
     try:
-        with disk_room(path.parent, len(data)):
-            partial.write_bytes(data)
+        with disk_room(path.parent, len(content)):
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, path)
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 def read_json(path: str | Path) -> Any:

@@ -154,6 +154,7 @@ class Fit:
             "curvature": {"kind": self.curvature.kind, "facts": self.curvature.facts},
             "batch_size": self.batch_size,
             "batch_tokens": self.batch_tokens,
+            "n_train": len(self.train),
             "fit": self.facts,
         }
         with ArtifactWriter(folder, kind="fit", facts=body, made_from=self.made_from) as writer:

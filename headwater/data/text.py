@@ -8,7 +8,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +35,8 @@ class Records:
         prompts: What completions answer; as many as `completions`.
         completions: What was, or would be, said after each prompt.
         messages: Chats: lists of messages with a role and a content.
+        spans: First character, and the one after the last, of what is scored of each completion or of a chat's last
+            turn of the assistant, and None where that is all; what comes after a span is left out.
         metadata: Every other column, one value for each record.
         source: The file or folder they were read from.
     """
@@ -46,6 +48,7 @@ class Records:
     messages: list[list[Message]] | None = None
     metadata: dict[str, list] = field(default_factory=dict)
     source: str = ""
+    spans: list[tuple[int, int] | None] | None = None
 
     def __post_init__(self):
         kinds = {"texts": self.texts, "prompts": self.prompts, "messages": self.messages}
@@ -55,7 +58,8 @@ class Records:
                 "Records hold texts, or prompts with completions, or messages: one of the three; "
                 f"got {', '.join(given) or 'none'}."
             )
-        for name, column in (kinds | {"completions": self.completions} | self.metadata).items():
+        given = kinds | {"completions": self.completions, "spans": self.spans}
+        for name, column in (given | self.metadata).items():
             if column is not None and len(column) != len(self.ids):
                 raise ValueError(
                     f"Expected {len(self.ids)} values in {name!r}, one for each id; "
@@ -146,6 +150,20 @@ def read_rows(path: str | Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} is empty: it holds no rows.")
     return rows
+
+
+def csv_bytes(columns: Mapping[str, Sequence]) -> bytes:
+    r"""Columns of equal length as a CSV file, with a heading.
+
+    Example:
+        >>> csv_bytes({"id": ["a"], "score": [0.5]})
+        b'id,score\r\na,0.5\r\n'
+    """
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(columns)
+    rows.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue().encode()
 
 
 def cell(value: Any) -> Any:

@@ -115,6 +115,20 @@ class TextExamples(Examples):
             metadata={k: [v[i] for i in chosen] for k, v in self.metadata.items()},
         )
 
+    def by_token(self, index: int, *, most: int | None = None) -> "TextExamples":
+        """An example for each scored token of one: that token alone is scored, and what follows it is left out.
+
+        Args:
+            index: Which example.
+            most: At most so many; where there are more tokens, neighbours are scored together.
+        """
+        ids = self.input_ids[index].tolist()
+        places = [t for t in (self.labels[index] != IGNORE).nonzero().flatten().tolist() if t > 0]
+        together = 1 if most is None else max(-(-len(places) // most), 1)
+        groups = [places[i : i + together] for i in range(0, len(places), together)]
+        each = [Tokens(ids[: g[-1] + 1], [t in g for t in range(g[-1] + 1)]) for g in groups]
+        return TextExamples(each, self.tokenizer, ids=[str(g[0]) for g in groups])
+
     def tokens(self, index: int) -> list[str]:
         """The text of each token; joined, they are the text that the model read."""
         return pieces(self.tokenizer, self.input_ids[index].tolist())
@@ -256,6 +270,7 @@ def completion_examples(
     chat: bool = False,
     ids: Sequence[str] | None = None,
     metadata: dict[str, list] | None = None,
+    spans: Sequence[tuple[int, int] | None] | None = None,
     max_length: int | None = None,
     add_bos: bool | None = None,
 ) -> TextExamples:
@@ -268,9 +283,19 @@ def completion_examples(
         chat: The prompt is a user's turn and the completion the assistant's answer.
         ids: Names of the queries; "query-1", "query-2", … when left out.
         metadata: Columns that travel into the results.
+        spans: First character, and the one after the last, of the part of each completion that is asked about; None
+            for all of it. What comes after it is left out: it has no part in the probability of what came before.
         max_length: Most tokens of a query.
         add_bos: As in `tokenize`.
+
+    Raises:
+        ValueError: A span holds nothing, or reaches beyond its completion.
     """
+    for span, completion in zip(spans or (), completions, strict=bool(spans)):
+        if span is not None and not 0 <= span[0] < span[1] <= len(completion):
+            raise ValueError(
+                f"Expected a span within the {len(completion)} characters of the completion; got {list(span)}."
+            )
     names = [f"query-{i + 1}" for i in range(len(prompts))] if ids is None else list(ids)
     content: dict[str, Any] = {"prompts": list(prompts), "completions": list(completions)}
     if chat:
@@ -280,6 +305,7 @@ def completion_examples(
                 for asked, said in zip(prompts, completions, strict=True)
             ]
         }
+    content["spans"] = None if spans is None else list(spans)
     records = Records(ids=names, metadata=metadata or {}, source="the queries", **content)
     return tokenize(records, tokenizer, max_length=max_length, add_bos=add_bos)
 
@@ -322,13 +348,24 @@ class _Encoder:
     def record(self, records: Records, i: int) -> Tokens:
         if records.texts is not None:
             return self._encode(records.texts[i], None)
+        part = None if records.spans is None else records.spans[i]
         if records.prompts is not None and records.completions is not None:
             prompt, completion = records.prompts[i], records.completions[i]
-            end = len(prompt) + len(completion)
-            return self._encode(prompt + completion, [(len(prompt), end)])
+            span, text = (len(prompt), len(prompt) + len(completion)), prompt + completion
+            return self._part(self._encode(text, [_within(span, part, completion, text)]), part)
         assert records.messages is not None
         text, spans = self._chat(records.messages[i], records.ids[i])
-        return self._encode(text, spans, templated=True)
+        if part is not None:
+            said = [m["content"] for m in records.messages[i] if m["role"] == "assistant"][-1]
+            spans = [_within(spans[-1], part, said, text)]
+        return self._part(self._encode(text, spans, templated=True), part)
+
+    def _part(self, tokens: Tokens, part: tuple[int, int] | None) -> Tokens:
+        """The tokens up to the last scored one, where a part is asked about."""
+        if part is None or True not in tokens.scored:
+            return tokens
+        end = len(tokens.scored) - tokens.scored[::-1].index(True)
+        return Tokens(tokens.ids[:end], tokens.scored[:end])
 
     def _encode(
         self, text: str, spans: list[tuple[int, int]] | None, *, templated: bool = False
@@ -402,6 +439,20 @@ class _Encoder:
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
+
+
+def _within(
+    span: tuple[int, int], part: tuple[int, int] | None, said: str, text: str
+) -> tuple[int, int]:
+    """Where a part of what was said stands in the text that holds it, somewhere in the span."""
+    if part is None:
+        return span
+    start = text.find(said, span[0])
+    if start < 0:
+        raise ValueError(
+            "The chat template changes the answer, so that a part of it cannot be found; ask about all of it."
+        )
+    return start + part[0], start + part[1]
 
 
 def _covered(offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -115,6 +115,7 @@ def generate(
     seed: int = 0,
     temperature: float = 0.0,
     chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
 ) -> str:
     """Continue a prompt, greedily unless a temperature is given.
 
@@ -125,6 +126,7 @@ def generate(
         seed: Seed of the draws at a temperature.
         temperature: Divides the logits; 0 takes the most probable token each time.
         chat: Put the prompt into the model's chat template and return the answer.
+        on_text: Called with each piece of text as it comes; the pieces join to what is returned.
 
     Returns:
         What was added, without special tokens; prompt and completion join to one text.
@@ -163,13 +165,41 @@ def generate(
         **options,
     )
     ids = torch.tensor([encoded], device=next(model.parameters()).device)
+    streamer = None if on_text is None else _Pieces(tokenizer, encoded, on_text)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         out = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            streamer=streamer,
         )[0]
     before, after = (_readable(tokenizer, part) for part in (encoded, out.tolist()))
     return after[len(before) :]
+
+
+class _Pieces:
+    """What `transformers` calls a streamer: passes text on as soon as its characters are whole."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], on_text: Callable[[str], None]):
+        self.tokenizer, self.on_text, self.ids, self.begun = tokenizer, on_text, list(prompt), False
+        self.done = len(_readable(tokenizer, prompt))
+
+    def put(self, ids: torch.Tensor) -> None:
+        if not self.begun:  # the prompt comes first
+            self.begun = True
+            return
+        self.ids += ids.flatten().tolist()
+        if not (text := _readable(self.tokenizer, self.ids)).endswith("\ufffd"):
+            self._pass_on(text)
+
+    def end(self) -> None:
+        self._pass_on(_readable(self.tokenizer, self.ids))
+
+    def _pass_on(self, text: str) -> None:
+        if piece := text[self.done :]:
+            self.on_text(piece)
+        self.done = len(text)
 
 
 def convert_gguf(path: str | Path, out: str | Path) -> Path:

@@ -17,6 +17,7 @@ from torch import Tensor
 from headwater.audit import Findings, Section
 from headwater.report import text
 from headwater.report.html import render_page, write_page
+from headwater.report.pictures import data_uri
 from headwater.report.terminal import Encodable
 
 # Columns shown beside an example, where there are: of a section, and in which order.
@@ -33,7 +34,6 @@ _BESIDE = {
 # Short heads of columns, as the terminal is narrow.
 _HEADS = {
     "label_score": "score",
-    "is_label_issue": "wrong",
     "given_label": "given",
     "predicted_label": "predicted",
     "self_influence": "self-influence",
@@ -42,6 +42,7 @@ _HEADS = {
 }
 _NAME, _EXCERPT, _PAGE_EXCERPT, _CELL = 60, 160, 600, 200
 _PAGE_TOP = 50
+_PICTURE = 64  # pixels on the page
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,42 @@ class Row:
         id: Its name.
         cells: Its values in the shown columns.
         text: How it begins, where it has a text.
+        picture: How it looks, where it is an image: the address of a PNG, its width and height on the page.
     """
 
     id: str
     cells: tuple[str, ...]
     text: str
+    picture: tuple[str, int, int] | None = None
 
 
 def rows(
-    findings: Findings, section: Section, top: int, excerpt: int
+    findings: Findings, section: Section, top: int, excerpt: int, *, pictures: bool = False
 ) -> tuple[list[str], list[Row]]:
     """The columns and the examples to show of a section, the most doubtful first."""
     wanted = _BESIDE.get(section.name, section.columns)
     heads = [name for name in wanted if name in findings.columns]
     chosen = findings.top(top) if section.name == "labels" else section.shown[:top]
-    titles = [_HEADS.get(name, name.replace("_", " ")) for name in heads]
+    named = _HEADS | {"is_label_issue": findings.verdict}
+    titles = [named.get(name, name.replace("_", " ")) for name in heads]
     return titles, [
         Row(
             text.shortened(findings.ids[i], _NAME),
             tuple(value(findings.columns[name], i) for name in heads),
             text.shortened(findings.texts.get(i, ""), excerpt),
+            _picture(findings.pictures.get(i)) if pictures else None,
         )
         for i in chosen
     ]
+
+
+def _picture(pixels: Tensor | None) -> tuple[str, int, int] | None:
+    """A picture's address and its size, small ones enlarged by a whole number."""
+    if pixels is None:
+        return None
+    height, width = pixels.shape[1:]
+    times = max(1, _PICTURE // max(height, width))
+    return data_uri(pixels), times * width, times * height
 
 
 def value(column: Tensor | list, i: int) -> str:
@@ -141,10 +155,14 @@ def render_findings(findings: Findings, *, top: int = _PAGE_TOP) -> str:
         n=f"{len(findings):,}",
         headlines=[
             ("Training examples", f"{len(findings):,}"),
-            ("Labels held to be wrong", f"{len(findings.issues):,}"),
+            (
+                f"{findings.judged.capitalize()} held to be {findings.verdict}",
+                f"{len(findings.issues):,}",
+            ),
             ("Cost beyond the fit", str(findings.passes)),
         ],
         sections=[_section(findings, section, top) for section in findings.sections],
+        has_pictures=bool(findings.pictures),
         facts=[
             (name.replace("_", " "), text.shortened(_told(fact), 2_000))
             for name, fact in findings.facts.items()
@@ -154,7 +172,7 @@ def render_findings(findings: Findings, *, top: int = _PAGE_TOP) -> str:
 
 
 def _section(findings: Findings, section: Section, top: int) -> dict[str, Any]:
-    heads, examples = rows(findings, section, top, _PAGE_EXCERPT)
+    heads, examples = rows(findings, section, top, _PAGE_EXCERPT, pictures=True)
     return {
         "name": section.name,
         "title": section.title,
@@ -162,6 +180,7 @@ def _section(findings: Findings, section: Section, top: int) -> dict[str, Any]:
         "heads": heads,
         "shown": examples,
         "has_text": any(row.text for row in examples),
+        "has_picture": any(row.picture for row in examples),
         "tables": [
             {
                 "title": table.title,

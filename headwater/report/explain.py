@@ -1,16 +1,18 @@
 """From scores to evidence: what a person wants to see of a trace of language."""
 
+import functools
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from headwater.core.capture import Progress
-from headwater.core.evidence import Answer, Evidence, Influencer, SourceTotal
+from headwater.core.damping import Damping
+from headwater.core.evidence import Answer, Evidence, Influencer, Ranking, SourceTotal
 from headwater.core.examples import Examples, to_device
 from headwater.core.fit import Fit
 from headwater.core.follow import evaluation_mode
@@ -21,11 +23,30 @@ from headwater.trace.cascade import Cascade
 from headwater.trace.indexed import Indexed
 from headwater.trace.influence import Influence
 
+_EFFECTS = 32  # completions of more tokens are told in so many stretches
+_EXCERPT = 300  # characters of an example in a ranking
+Partial = Callable[[str, Evidence], None]
+
 
 class Readable(Protocol):
     """Examples whose positions can be read."""
 
     def tokens(self, index: int) -> list[str]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """Another method, whose strongest examples are shown beside the answer's.
+
+    Args:
+        name: What to call it.
+        about: What it looks at, in a few words.
+        scores: Its scores of the queries; an `ImportError` leaves it out, with what it says as the reason.
+    """
+
+    name: str
+    about: str
+    scores: Callable[..., Scores]
 
 
 def explain(
@@ -38,8 +59,10 @@ def explain(
     control: Examples | None = None,
     source: str | None = None,
     contrast: bool = False,
+    rivals: Sequence[Rival] = (),
     facts: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    partial: Partial | None = None,
 ) -> Evidence:
     """Trace queries to training examples and gather what a report shows.
 
@@ -52,8 +75,10 @@ def explain(
         control: Examples held out of training, for the significance.
         source: Metadata column to total by.
         contrast: The second half of the queries are alternatives: ask why the first half rather than these.
+        rivals: Other methods to compare with.
         facts: More facts for the report.
         progress: Called with (done, total, note).
+        partial: Called with the name of a stage and the evidence as far as it is known by then.
 
     Returns:
         The evidence: one answer a query.
@@ -69,6 +94,20 @@ def explain(
     method = (
         method if method.keep is not None else replace(method, keep=max(top, method.n_intervals))
     )
+    asked = _Asked(fit, queries, measurement, source, contrast, weights)
+    rankings = [_ranking(asked, rival, top, progress) for rival in rivals]
+
+    def told(scores: Scores, found: Mapping[int, _Found]) -> Evidence:
+        answers = tuple(
+            asked.answer(scores, q, top, found, tuple(each[q] for each in rankings))
+            for q in range(n_answers)
+        )
+        return Evidence(answers=answers)
+
+    if partial is not None and isinstance(method, Cascade):
+        method = replace(
+            method, watch=lambda scores: partial("index", told(scores.only(_ends(scores, top)), {}))
+        )
     scores = method.attribute(
         fit,
         queries,
@@ -80,28 +119,106 @@ def explain(
         group_by=source,
         progress=progress,
     )
-    raised, lowered = scores.top(top), scores.top(top, lowest=True)
-    chosen = sorted({i for side in (raised, lowered) for row in side for i in row})
-    numbers = [scores.index(i) for i in chosen]
+    if partial is not None:
+        partial("curvature", told(scores, {}))
+    numbers = [scores.index(i) for i in _ends(scores, top)]
     parts, _ = method.tokens(
         fit, queries, numbers, measurement=measurement, weights=weights, progress=progress
     )
-    place = {example: j for j, example in enumerate(chosen)}
     losses = _losses(fit, fit.train.subset(numbers))
-    answers = []
-    for q in range(n_answers):
+    effects = [asked.effects(method, scores, q, numbers, progress) for q in range(n_answers)]
+    found = {
+        number: _Found(
+            parts[:, j], losses[j], [e[:, j].tolist() if e.numel() else [] for e in effects]
+        )
+        for j, number in enumerate(numbers)
+    }
+    known = _readable(scores.facts) | {"n_heldout": 0 if control is None else len(control)}
+    return replace(told(scores, found), facts=known | {"versions": versions()} | (facts or {}))
+
+
+def _ends(scores: Scores, top: int) -> list[int]:
+    """Columns of the strongest on either side of any query."""
+    return sorted(
+        {i for lowest in (False, True) for row in scores.top(top, lowest=lowest) for i in row}
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is shown of a training example beside its scores.
+
+    Attributes:
+        parts: What its positions carry of the score of each query (query, pos).
+        loss: Its training loss.
+        effects: For each query, what it did to each token of the completion.
+    """
+
+    parts: Tensor
+    loss: float
+    effects: list[list[float]]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked, of which model."""
+
+    fit: Fit
+    queries: Examples
+    measurement: str
+    source: str | None
+    contrast: bool
+    weights: Tensor | None
+
+    def answer(
+        self,
+        scores: Scores,
+        q: int,
+        top: int,
+        found: Mapping[int, _Found],
+        rankings: tuple[Ranking, ...],
+    ) -> Answer:
+        """The answer to query `q`, from its scores."""
         sides = [
             tuple(
-                _influencer(fit, scores, q, i, parts[q, place[i]], losses[place[i]])
-                for i in side[q]
+                _influencer(self.fit, scores, q, i, found.get(scores.index(i)))
+                for i in scores.top(top, lowest=not positive)[q]
                 if (float(scores.values[q, i]) > 0) == positive
             )
-            for side, positive in ((raised, True), (lowered, False))
+            for positive in (True, False)
         ]
-        other = q + n_answers if contrast else None
-        answers.append(_answer(fit, queries, scores, q, other, sides, measurement, source))
-    known = _readable(scores.facts) | {"n_heldout": 0 if control is None else len(control)}
-    return Evidence(answers=tuple(answers), facts=known | {"versions": versions()} | (facts or {}))
+        other = q + len(self.queries) // 2 if self.contrast else None
+        made = _answer(
+            self.fit, self.queries, scores, q, other, sides, self.measurement, self.source
+        )
+        return replace(made, rankings=rankings)
+
+    def effects(
+        self,
+        method: Influence | Cascade | Indexed,
+        scores: Scores,
+        q: int,
+        numbers: Sequence[int],
+        progress: Progress | None,
+    ) -> Tensor:
+        """What the shown examples did to each token of a completion (token, example); empty where that is not known.
+
+        Each token is a question of its own. Those of long completions are asked about in stretches, and share alike.
+        """
+        by_token = getattr(self.queries, "by_token", None)
+        damping = scores.facts.get("damping")
+        exact = getattr(method, "refine", 0) or (isinstance(method, Influence) and method.cg_steps)
+        if by_token is None or damping is None or exact or isinstance(method, Indexed):
+            return torch.empty(0)
+        tokens = by_token(q, most=_EFFECTS)
+        plain = Influence(damping=Damping(**damping), precision="model")
+        effects = plain.on_queries(
+            self.fit, tokens, numbers, measurement=self.measurement, progress=progress
+        )
+        if isinstance(method, Cascade):
+            effects = effects * len(self.fit.train) / method.index.journal.n_train
+        counts = torch.tensor([int((labels >= 0).sum()) for labels in tokens.labels])
+        return (effects / counts[:, None]).repeat_interleave(counts, dim=0)
 
 
 def _readable(facts: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +238,40 @@ def _readable(facts: dict[str, Any]) -> dict[str, Any]:
     return facts | told
 
 
-def _influencer(fit: Fit, scores: Scores, q: int, i: int, parts: Tensor, loss: float) -> Influencer:
+def _ranking(asked: _Asked, rival: Rival, top: int, progress: Progress | None) -> list[Ranking]:
+    """Each query's strongest examples by another method."""
+    n = len(asked.queries) // 2 if asked.contrast else len(asked.queries)
+    named = functools.partial(Ranking, method=rival.name, about=rival.about)
+    try:
+        scores = rival.scores(
+            asked.fit,
+            asked.queries,
+            measurement=asked.measurement,
+            weights=asked.weights,
+            names=asked.queries.ids[:n],
+            progress=progress,
+        )
+    except ImportError as error:
+        return [named(skipped=str(error))] * n
+    train = asked.fit.train
+    return [
+        named(
+            examples=tuple(
+                Influencer(
+                    example_id=scores.train_ids[i],
+                    score=float(scores.values[q, i]),
+                    tokens=("".join(train.tokens(scores.index(i)))[:_EXCERPT],),  # type: ignore[attr-defined]
+                    metadata={k: v[scores.index(i)] for k, v in train.metadata.items()},
+                )
+                for i in row
+                if scores.values[q, i] > 0
+            ),
+        )
+        for q, row in enumerate(scores.top(top))
+    ]
+
+
+def _influencer(fit: Fit, scores: Scores, q: int, i: int, found: _Found | None) -> Influencer:
     tokens = tuple(fit.train.tokens(scores.index(i)))  # type: ignore[attr-defined]
     return Influencer(
         example_id=scores.train_ids[i],
@@ -130,9 +280,10 @@ def _influencer(fit: Fit, scores: Scores, q: int, i: int, parts: Tensor, loss: f
         high=_number(scores.high, q, i),
         significance=_number(scores.significance, q, i),
         tokens=tokens,
-        token_scores=tuple(parts[: len(tokens)].tolist()),
+        token_scores=() if found is None else tuple(found.parts[q, : len(tokens)].tolist()),
         metadata={k: v[i] for k, v in scores.metadata.items()},
-        loss=loss,
+        loss=None if found is None else found.loss,
+        query_scores=() if found is None else tuple(found.effects[q]),
     )
 
 
@@ -176,7 +327,8 @@ def _answer(
         lowered=sides[1],
         sources=_totals(scores, q, source),
         source_column=source,
-        layers=_layer_shares(scores, q),
+        layers=_layer_shares(scores, q, _block),
+        modules=_layer_shares(scores, q, _module),
         null_scale=None if scores.control is None else float(scores.control[q].double().std()),
         n_distinguishable=None
         if scores.control is None
@@ -228,13 +380,33 @@ def _totals(scores: Scores, q: int, source: str | None) -> tuple[SourceTotal, ..
     return tuple(sorted(totals, key=lambda t: -abs(t.net)))
 
 
-def _layer_shares(scores: Scores, q: int) -> dict[str, float]:
-    """Share of the absolute score by block of layers: the numbered part of a layer's name, or the name itself."""
+def _layer_shares(scores: Scores, q: int, group: Callable[[str], str]) -> dict[str, float]:
+    """Share of the absolute score by groups of layers."""
     if scores.layer_totals is None:
         return {}
     sums: dict[str, float] = defaultdict(float)
     for name, part in zip(scores.layers, scores.layer_totals[:, q].tolist(), strict=True):
-        block = re.search(r"\.(\d+)\.", name)
-        sums[f"block {block.group(1)}" if block else name] += part
+        sums[group(name)] += part
     total = sum(sums.values())
     return {name: value / total for name, value in sums.items()} if total > 0 else {}
+
+
+def _block(name: str) -> str:
+    """The numbered part of a layer's name, or the name itself.
+
+    Example:
+        >>> _block("model.layers.3.mlp.up_proj"), _block("lm_head")
+        ('block 3', 'lm_head')
+    """
+    block = re.search(r"\.(\d+)\.", name)
+    return f"block {block.group(1)}" if block else name
+
+
+def _module(name: str) -> str:
+    """What a layer is within its block: its name after the number, or the name itself, without its adapter's part.
+
+    Example:
+        >>> _module("model.layers.3.mlp.up_proj.lora_A.default"), _module("lm_head")
+        ('mlp.up_proj', 'lm_head')
+    """
+    return re.sub(r"\.lora_[AB]\..*", "", re.split(r"\.\d+\.", name)[-1])

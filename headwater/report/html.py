@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater.core.evidence import Evidence
-from headwater.core.files import write_whole
+from headwater.core.files import write_bytes
 from headwater.extras import require
 from headwater.report import text
 from headwater.report.views.answer import LEVELS, Scale, heat_class, scale_for, trace_view
@@ -37,7 +37,9 @@ def write_html(evidence: Evidence, path: str | Path) -> Path:
 
 def write_page(path: str | Path, content: str) -> Path:
     """Write a page whole or not at all."""
-    return write_whole(path, content)
+    path = Path(path)
+    write_bytes(path, content.encode("utf-8", "replace"))
+    return path
 
 
 def render(evidence: Evidence) -> str:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from headwater.core.files import write_whole
+from headwater.core.files import write_bytes
 from headwater.report.views import corpus
 from headwater.report.views import run as views
 
@@ -49,7 +49,8 @@ def write_report(
         ValueError: The page's files are not those of a page.
     """
     path = Path(run) / "report.html" if path is None else Path(path)
-    return write_whole(path, render_report(run, examples=examples, static=static))
+    write_bytes(path, render_report(run, examples=examples, static=static).encode())
+    return path
 
 
 def render_report(run: str | Path, *, examples: int = EXAMPLES, static: Path = STATIC) -> str:

@@ -58,6 +58,7 @@ class Cascade(Attributor):
         n_intervals: How many of the strongest on each side get an interval; none after refinement.
         confidence_level: Of the intervals and of the estimated loss.
         seed: Of the sample.
+        watch: Called with what the index found, before the curvature is asked.
     """
 
     paper: ClassVar[str] = "arXiv:2308.03296"
@@ -78,6 +79,7 @@ class Cascade(Attributor):
     n_intervals: int = 0
     confidence_level: float = 0.95
     seed: int = 0
+    watch: Callable[[Scores], None] | None = None
 
     def __post_init__(self):
         least = {"candidates": 1, "k": 1, "refine": 0, "sample": 0, "cg_steps": 1}
@@ -137,6 +139,8 @@ class Cascade(Attributor):
             "progress": progress,
         }
         found = _Candidates(self, fit, examples, question, group_by)
+        if self.watch is not None:
+            self.watch(found.looked)
         every, sampled = found.drawn(self.sample, self.seed)
         damping = index_damping(self.index) if self.damping == "auto" else self.damping
         method = Influence(

@@ -37,12 +37,13 @@ from headwater.core.scoring import (
     TokenScores,
     self_scores,
 )
-from headwater.core.target import Loss, Measured
+from headwater.core.target import Loss, Measured, Target
 from headwater.core.task import Measurement, measurement_name
 from headwater.numerics.linear_operator import conjugate_gradients
 from headwater.numerics.resampling import jackknife_interval
 from headwater.trace.base import Attributor
 
+_AT_ONCE = 8  # training gradients that are held preconditioned
 _LEAST = {"rank": 1, "terms": 1, "n_intervals": 0, "cg_steps": 0, "keep": 1}
 
 
@@ -62,19 +63,19 @@ def query_gradients(
         raise ValueError(
             f"Expected weights (group, query) of {len(queries)} queries; got shape {tuple(weights.shape)}."
         )
+    gradients = _collect(fit, queries, Measured(measurement), progress, "queries")
+    return gradients if weights is None else gradients.combine(weights)
+
+
+def _collect(
+    fit: Fit, examples: Examples, target: Target, progress: Progress | None, note: str
+) -> Gradients:
+    """Each example's gradient of the target."""
     capture = fit.capture()
     collect = CollectGradients(capture.layers.values())
-    sweep(
-        capture,
-        queries,
-        [collect],
-        Measured(measurement),
-        batches=fit.batches(queries),
-        progress=progress,
-        note="queries",
-    )
-    gradients = collect.finish()[0]
-    return gradients if weights is None else gradients.combine(weights)
+    batches = fit.batches(examples)
+    sweep(capture, examples, [collect], target, batches=batches, progress=progress, note=note)
+    return collect.finish()[0]
 
 
 def inner_products(
@@ -176,13 +177,14 @@ def _gather(
     progress: Progress | None,
     note: str,
     precision: Precision = "model",
+    target: Target | None = None,
 ) -> None:
-    """One sweep of the losses' gradients."""
+    """One sweep of the losses' gradients, or of another target's."""
     sweep(
         fit.capture().at(precision, examples),
         examples,
         found,
-        Loss(),
+        target or Loss(),
         batches=fit.batches(examples),
         progress=progress,
         note=note,
@@ -399,6 +401,33 @@ class Influence(Attributor):
         _gather(fit, some, [parts], progress, "tokens")
         n = len(fit.train)
         return -parts.finish() / n, -parts.elsewhere / n
+
+    def on_queries(
+        self,
+        fit: Fit,
+        queries: Any,
+        chosen: Sequence[int],
+        *,
+        measurement: Measurement | None = None,
+        progress: Progress | None = None,
+    ) -> Float[Tensor, "query chosen"]:
+        """Scores of a few training examples for many queries: the examples' gradients are preconditioned here.
+
+        The same numbers as `attribute` gives, since the inverse is symmetric; cheaper where the queries are many and
+        short, such as the single tokens of a completion. Conjugate gradients have no part in it.
+        """
+        examples, n = as_examples(queries), len(fit.train)
+        rows = sum(examples.lengths) if examples.lengths else len(examples)
+        inverse, found = Inverse(fit.damping(self.damping)), []
+        for start in range(0, len(chosen), _AT_ONCE):
+            some = fit.train.subset(chosen[start : start + _AT_ONCE])
+            gradients = _collect(fit, some, Loss(), progress, "effects")
+            prepared = fit.curvature.prepare(gradients, inverse, rows)
+            pairs = PairScores(prepared, len(examples))
+            target = Measured(measurement)
+            _gather(fit, examples, [pairs], progress, "effects", target=target)
+            found.append(-pairs.finish().mT / n)
+        return torch.cat(found, dim=1)
 
     def self_influence(
         self, fit: Fit, *, progress: Progress | None = None

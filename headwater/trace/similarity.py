@@ -5,7 +5,9 @@ scores. Sentence embeddings: Reimers and Gurevych (2019), "Sentence-BERT", arXiv
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,13 +17,16 @@ from torch.nn.functional import normalize
 
 from headwater.core.capture import Progress
 from headwater.core.examples import Examples, as_examples
+from headwater.core.files import ArtifactDamaged, ArtifactMismatch, ArtifactMissing
 from headwater.core.fit import Fit
 from headwater.core.forward import Pool, evaluate, representations
 from headwater.core.prediction import Categorical
 from headwater.core.scores import Scores
+from headwater.core.store import Artifact, ArtifactWriter
 from headwater.core.task import Measurement
 from headwater.trace.base import Attributor, direction, to_scores
 
+KIND = "embeddings"
 Metric = Literal["cosine", "dot", "l2"]
 
 
@@ -122,6 +127,7 @@ class EmbeddingSimilarity(Attributor):
         *,
         encoder: Fit | None = None,
         encoder_queries: Any = None,
+        known: Float[Tensor, "train dim"] | None = None,
         measurement: Measurement | None = None,
         weights: Float[Tensor, "group query"] | None = None,
         names: Sequence[str] | None = None,
@@ -135,6 +141,7 @@ class EmbeddingSimilarity(Attributor):
             encoder: A fit (of any curvature) of the model that embeds, whose training data are those of `fit` as that
                 model reads them, one for one; `fit` itself when left out.
             encoder_queries: The queries as the encoder reads them, where that differs.
+            known: The training data's embeddings, where they were made before; see `embedded`.
             measurement: What is asked; decides the sign only.
             weights: Linear combinations of queries (group, query), taken of their scores.
             names: Names of those groups.
@@ -150,16 +157,44 @@ class EmbeddingSimilarity(Attributor):
                 "The encoder must read the same training examples (by id) and as many queries; it has "
                 f"{len(encoder.train)} and {len(read)}, where there are {len(fit.train)} and {len(examples)}."
             )
-        x, y = (
-            _representations(encoder, data, self.pool, self.module, progress).double()
-            for data in (read, encoder.train)
-        )
+        options = (self.pool, self.module, progress)
+        x = _representations(encoder, read, *options).double()
+        y = _representations(encoder, encoder.train, *options) if known is None else known
+        if len(y) != len(fit.train):
+            raise ValueError(
+                f"Expected embeddings of {len(fit.train):,} training examples; got {len(y):,}."
+            )
+        y = y.double()
         mean = y.mean(0) if self.center else torch.zeros(())
         values = direction(fit, measurement) * similarity(x - mean, y - mean)
         if weights is not None:
             values = weights.to(values) @ values
-        options = {"measurement": measurement, "weights": weights, "names": names}
-        return to_scores(self, fit, examples, values, **options)
+        return to_scores(
+            self, fit, examples, values, measurement=measurement, weights=weights, names=names
+        )
+
+    def embedded(
+        self, fit: Fit, folder: str | Path, *, progress: Progress | None = None
+    ) -> Float[Tensor, "train dim"]:
+        """Embeddings of the training data: read from a folder, or made and kept there.
+
+        Args:
+            fit: The model and its training data.
+            folder: Where they are kept; what was made from another model or other data is replaced.
+            progress: Called with (done, total, note).
+        """
+        made_from = {"model": fit.made_from["model"], "data": fit.train.fingerprint()}
+        options = {"pool": self.pool, "module": self.module}
+        with suppress(ArtifactMissing, ArtifactMismatch, ArtifactDamaged):
+            found = Artifact.open(folder, KIND)
+            found.require(**made_from)
+            if found.facts["options"] == options:
+                return found.tensor("embeddings").clone()
+        made = _representations(fit, fit.train, self.pool, self.module, progress).float().cpu()
+        facts = {"options": options}
+        with ArtifactWriter(folder, kind=KIND, facts=facts, made_from=made_from) as writer:
+            writer.tensor("embeddings", made)
+        return made
 
 
 def _representations(

@@ -120,9 +120,13 @@ class ChangeSet:
         parts += [f"{len(self.weights)} weighted"] if self.weights else []
         return f"{', '.join(parts)} ({self.name})"
 
+    def content(self) -> dict[str, Any]:
+        """It as JSON has it."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
     def save(self, path: str | Path) -> None:
         """Write it as JSON, to be read and edited by people."""
-        write_json(Path(path), asdict(self))
+        write_json(Path(path), self.content())
 
     @classmethod
     def load(cls, path: str | Path) -> "ChangeSet":

@@ -98,14 +98,16 @@ class Work:
 
         numbers = corpus.numbers(self.run)
 
-        def partial(evidence: "Evidence") -> None:
+        def partial(_: str, evidence: "Evidence") -> None:
             report.partial(trace_view(evidence, name, numbers)["answers"])
 
         command = Trace(
             run=self.run,
             prompt=(ask.prompt,),
             completion=(ask.completion,),
+            span=() if ask.span is None else ("{}..{}".format(*ask.span),),
             rather_than=() if ask.rather_than is None else (ask.rather_than,),
+            compare=ask.compare,
             chat=ask.chat,
             source=ask.source,
             top=ask.top,

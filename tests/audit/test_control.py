@@ -170,3 +170,10 @@ def test_false_claims_pass_their_share_no_more_often_than_promised():
         got = select(score, sample, wrong[sample], share=0.2, alpha=0.1, suspicious="low")
         broken += int((got.selected & ~wrong).sum()) > 0.2 * max(1, len(got))
     assert broken / draws <= 0.1 + 3 * (0.1 * 0.9 / draws) ** 0.5
+
+
+def test_a_confidence_near_one_is_kept_as_it_was_asked_for():
+    found, wrong = findings()
+    told = controlled(found, verified(wrong), confidence_level=1 - 1e-14)
+    assert told.facts["claims"]["alpha"] == pytest.approx(1e-14, rel=1e-2)
+    assert "99.99999999 %" in told.section("claims").sentences[0]

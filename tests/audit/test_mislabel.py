@@ -203,6 +203,29 @@ def test_a_language_models_audit_marks_nothing_of_itself_and_as_many_as_asked():
     assert len(Mislabels(n_issues=2).audit(fit).issues) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "judged"), [("mlp", "labels"), ("lm", "texts"), ("regression", "targets")]
+)
+def test_what_is_judged_is_called_by_its_name(name, judged):
+    found = Mislabels(n_issues=2, measures=("loss",)).audit(case(name).fit(EKFAC()))
+    section, held = found.section("labels"), "wrong" if judged == "labels" else "doubtful"
+    assert found.judged == judged and section.title == judged.capitalize()
+    told = f"2 of {len(found)} {judged} are held to be {held}: the 2 most doubtful, as asked."
+    assert section.sentences[0] == told
+    assert any("labels" in s for s in section.sentences) == (judged == "labels")
+
+
+def test_the_reason_why_no_text_is_marked_is_a_whole_sentence():
+    found = Mislabels(measures=("loss",)).audit(case("lm").fit(EKFAC()))
+    assert found.facts["marked_by"].endswith("(n_issues, --issues), or verify a sample")
+
+
+def test_more_issues_than_examples_are_refused(subject):
+    assert len(Mislabels(n_issues=3, measures=("loss",)).of(subject).issues) == 3
+    with pytest.raises(ValueError, match="at most 3 issues, one for each training example; got 4"):
+        Mislabels(n_issues=4, measures=("loss",)).of(subject)
+
+
 def test_without_a_run_what_needs_one_is_left_out_and_named():
     _, missed = measure_all(Subject(case("mlp").fit(EKFAC())))
     assert {"el2n", "grand", "aum", "confidence", "variability", "forgetting"} <= set(missed)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from headwater.calibrate import claim_curve, claims, draw_sample, select
+from headwater.calibrate.claims import _confidence, _most
 from headwater.core.provenance import PAPERS, cite
 from headwater.numerics.batch_ranks import rank_quantile
 
@@ -313,3 +314,26 @@ def test_draws_are_random_and_repeatable():
     assert not torch.equal(draw_sample(50, 10, seed=3), draw_sample(50, 10, seed=4))
     with pytest.raises(ValueError, match="1 to 50 examples"):
         draw_sample(50, 51)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "told"),
+    [
+        (0.05, "95 %"),
+        (0.001, "99.9 %"),
+        (0.123456, "87.6544 %"),
+        (1e-9, "99.9999999 %"),
+        (1e-11, "more than 99.99999999 %"),
+        (1e-300, "more than 99.99999999 %"),
+        (1 - 1e-12, "more than 0 %"),
+    ],
+)
+def test_a_confidence_is_told_exactly_or_rounded_down(alpha, told):
+    assert _confidence(alpha) == told
+
+
+@pytest.mark.parametrize(
+    ("share", "told"), [(0.1, "10 %"), (0.123456, "12.3456 %"), (1e-300, "0.00000001 %")]
+)
+def test_a_share_that_is_not_passed_is_told_exactly_or_rounded_up(share, told):
+    assert _most(share) == told

@@ -81,6 +81,21 @@ def test_an_audit_is_printed_and_kept_as_page_tables_and_changes(run, capsys):
     assert len({*changes.relabel, *changes.remove} & truly) > len(changes) / 2
 
 
+def test_a_change_set_that_a_person_edited_is_kept(run, capsys):
+    words = ["audit", str(run), *program(run), "--name", "edited"]
+    assert main(words) == 0
+    path = run / "audits" / "edited.changes.json"
+    first = path.read_text()
+    edited = first.replace('"keep": []', '"keep": ["3"]')
+    assert edited != first
+    path.write_text(edited)
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "kept as edited.changes.1.json" in capsys.readouterr().err
+    assert path.with_suffix(".1.json").read_text() == edited and path.read_text() == first
+    assert main(words) == 0 and not path.with_suffix(".2.json").exists()
+
+
 def test_what_was_measured_is_not_measured_again_when_a_sample_is_verified(
     run, capsys, monkeypatch
 ):
@@ -151,6 +166,7 @@ def test_out_of_fold_probabilities_are_read_from_a_file(run, tmp_path, capsys):
         ([], "its model is not known; name a function"),
         (["--confidence", "95"], "--confidence must be between 0 and 1"),
         (["--measures", "loes"], "There is no measure 'loes'"),
+        (["--measures", "loss", "--issues", "91"], "at most 90 issues"),
         (["--verified", "nowhere.csv"], "nowhere.csv does not exist"),
         (["--sample", "5", "--sample-seed", "-1"], "--sample-seed must be 0 or more"),
     ],

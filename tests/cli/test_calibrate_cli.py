@@ -76,6 +76,35 @@ def test_examples_are_drawn_verified_and_claimed(place, truth, capsys):
     assert {r["wrong"] for r in kept if r["verified"] == "False"} == {""}
 
 
+def test_claims_that_are_there_are_replaced_only_where_that_is_asked_for(place, capsys):
+    write(place / "v.csv", {"id": [f"e{i}" for i in range(0, 400, 2)], "wrong": ["no"] * 200})
+    words = ["calibrate", "select", str(place / "scores.csv"), "--verified", str(place / "v.csv")]
+    out = place / "scores-claims.csv"
+    out.write_text("somebody's own")
+    assert main([*words, "--eta", "5"]) == 2
+    assert "scores-claims.csv exists and holds something else" in capsys.readouterr().err
+    assert out.read_text() == "somebody's own"
+    assert main([*words, "--eta", "5", "--replace"]) == 0
+    kept = out.read_bytes()
+    assert main([*words, "--eta", "5"]) == 0 and out.read_bytes() == kept  # the same table
+    for name in ("named.csv", "named.parquet"):
+        assert main([*words, "--eta", "5", "--out", str(place / name)]) == 0
+        assert main([*words, "--eta", "5", "--out", str(place / name)]) == 0
+    (place / "named.csv").write_text("")
+    assert main([*words, "--eta", "5", "--out", str(place / "named.csv")]) == 2
+    assert main([*words, "--eta", "5", "--out", str(place)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert not list(place.glob(".*"))
+
+
+def test_a_confidence_is_never_rounded_up(place, capsys):
+    write(place / "v.csv", {"id": [f"e{i}" for i in range(0, 400, 2)], "wrong": ["no"] * 200})
+    words = ["calibrate", "select", str(place / "scores.csv"), "--verified", str(place / "v.csv")]
+    assert main([*words, "--eta", "3", "--alpha", "1e-300"]) == 0
+    told = capsys.readouterr().out
+    assert "with more than 99.99999999 % confidence" in told and "100 %" not in told
+
+
 def test_a_pool_of_suspicious_examples_in_parquet_and_json(place, truth, capsys):
     scores, _ = truth
     table, drawn = place / "scores.parquet", place / "drawn.csv"

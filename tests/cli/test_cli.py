@@ -103,6 +103,24 @@ def test_a_contrast_is_the_difference_of_two_traces(run):
     assert all(abs(why[i] - (both[0][i] - both[1][i])) < 1e-4 for i in why)
 
 
+def test_a_part_of_a_completion_is_asked_about_and_other_methods_stand_beside(run, capsys):
+    prompt, said = " ".join(list(WORDS)[:2]), " flows to the sea"
+    words = ["trace", str(run), "--prompt", prompt, "--completion", said, "--name", "part"]
+    assert main([*words, "--span", "to the", "--compare", "--top", "3"]) == 0
+    answer = Evidence.load(run / "traces" / "part").answers[0]
+    assert "".join(answer.completion_tokens).strip() == "to the"
+    assert answer.prompt == "the a flows" and len(answer.raised[0].query_scores) == 2
+    assert [r.method for r in answer.rankings] == ["BM25", "embedding"]
+    assert answer.rankings[0].examples and answer.rankings[1].examples
+    assert (run / "embeddings" / "manifest.json").is_file()
+    assert main([*words, "--span", "7..13", "--name", "part 2"]) == 0  # the same characters
+    again = Evidence.load(run / "traces" / "part 2").answers[0]
+    assert again.completion_tokens == answer.completion_tokens and again.value == answer.value
+    capsys.readouterr()
+    assert main([*words, "--span", "lake"]) == 2
+    assert "--span of words of ' flows to the sea'; got 'lake'" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def tuned(place):
     """A run folder of a model that was fine-tuned here, with a trace of two completions."""

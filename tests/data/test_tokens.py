@@ -210,6 +210,33 @@ def test_queries_score_the_completion_after_the_prompt_or_the_users_turn():
     assert "<user>" in "".join(chat.tokens(0))
 
 
+def test_a_part_of_a_completion_is_scored_and_what_follows_it_left_out():
+    said = " runs to the sea"
+    found = completion_examples(PLAIN, ["the river"] * 2, [said] * 2, spans=[(6, 12), None])
+    assert scored(found, 0) == ["to", "the"]
+    assert "".join(found.tokens(0)) == "the river runs to the"
+    assert scored(found, 1) == ["runs", "to", "the", "sea"]
+    inside = completion_examples(PLAIN, ["the river"], [said], spans=[(7, 8)])
+    assert scored(inside) == ["to"]  # the token that holds the character
+    chat = completion_examples(PLAIN, ["the sea"], ["to the sea"], chat=True, spans=[(3, 10)])
+    assert scored(chat) == ["the", "sea"] and chat.tokens(0)[-1].strip() == "sea"
+
+
+@pytest.mark.parametrize("span", [(0, 0), (-1, 3), (3, 99), (5, 2)])
+def test_a_span_outside_the_completion_is_refused(span):
+    with pytest.raises(ValueError, match="span within the 5 characters"):
+        completion_examples(PLAIN, ["the river"], [" runs"], spans=[span])
+
+
+def test_each_scored_token_is_a_question_of_its_own():
+    found = completion_examples(PLAIN, ["the river"], [" runs to the sea"])
+    each = found.by_token(0)
+    assert [scored(each, i) for i in range(len(each))] == [["runs"], ["to"], ["the"], ["sea"]]
+    assert [len(each.tokens(i)) for i in range(len(each))] == [3, 4, 5, 6]
+    pairs = found.by_token(0, most=3)
+    assert [scored(pairs, i) for i in range(len(pairs))] == [["runs", "to"], ["the", "sea"]]
+
+
 def test_held_out_examples_are_found_in_the_training_data_by_id_and_by_content():
     def examples(**texts):
         return tokenize(Records(ids=list(texts), texts=list(texts.values())), PLAIN)

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from headwater.models.language import convert_gguf, generate, load_language_model
+from headwater.models.language import _Pieces, convert_gguf, generate, load_language_model
 from tests.language_cases import byte_tokenizer, gpt2, llama, saved
 
 
@@ -46,6 +46,22 @@ def test_greedy_text_repeats_and_is_the_most_probable_one(folder):
     for _ in range(3):  # what greedy means, written out
         ids.append(int(language.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     assert made == language.tokenizer.decode(ids, skip_special_tokens=True)[len("the river") :]
+
+
+def test_text_is_passed_on_as_it_comes(folder):
+    language, pieces = load_language_model(folder), []
+    made = generate(language, "the river", max_new_tokens=5, on_text=pieces.append)
+    assert "".join(pieces) == made and len(pieces) == len(made.split()) > 2
+
+
+def test_text_is_passed_on_in_whole_characters():
+    pieces, words = [], byte_tokenizer()
+    prompt, said = words("a")["input_ids"], words("né…")["input_ids"]
+    streamer = _Pieces(words, prompt, pieces.append)
+    for ids in ([prompt], *([i] for i in said)):
+        streamer.put(torch.tensor(ids))
+    streamer.end()
+    assert pieces == ["n", "é", "…"]
 
 
 def test_drawn_text_depends_on_the_seed_alone(folder):

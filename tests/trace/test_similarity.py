@@ -1,5 +1,7 @@
 """Similarities equal their definitions, and point the way that is asked."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from headwater.core.curvature import Identity
 from headwater.trace import EmbeddingSimilarity, Random, RepresentationSimilarity
 from headwater.trace.similarity import similarity
 from tests.curvature_cases import Tokens, case, shared
+
+similarity_module = import_module("headwater.trace.similarity")
 
 
 def hidden(found, examples):
@@ -52,6 +56,25 @@ def test_groups_are_combinations_of_scores():
         group = method.attribute(fitted, found.query, weights=weights, names=["g"])
         torch.testing.assert_close(group.values, weights @ each, rtol=1e-4, atol=1e-6)
         assert group.query_ids == ["g"]
+
+
+def test_embeddings_are_kept_and_made_again_for_another_model(tmp_path, monkeypatch):
+    found, other, method = shared("mlp"), case("mlp", seed=5), EmbeddingSimilarity()
+    fitted, folder = found.fitted(Identity()), tmp_path / "embeddings"
+    made = method.embedded(fitted, folder)
+    plain = method.attribute(fitted, found.query).values
+    known = method.attribute(fitted, found.query, known=made).values
+    torch.testing.assert_close(known, plain, rtol=1e-4, atol=1e-5)
+    calls = []
+    real = similarity_module._representations
+    monkeypatch.setattr(
+        similarity_module, "_representations", lambda *a: calls.append(a) or real(*a)
+    )
+    assert torch.equal(method.embedded(fitted, folder), made) and not calls
+    anew = method.embedded(other.fitted(Identity()), folder)
+    assert calls and not torch.equal(anew, made)
+    with pytest.raises(ValueError, match="Expected embeddings of"):
+        method.attribute(fitted, found.query, known=made[:-1])
 
 
 def test_embeddings_of_another_model_are_centred():
