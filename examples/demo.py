@@ -77,8 +77,16 @@ def run(folder: Path) -> None:
     step(
         "4 of 4  Ask where four completions came from",
         *("trace", out, *asked, "--source", "topic", "--max-new-tokens", "16", "--top", "6"),
+        "--compare",
     )
-    print(f"\nDone after {time.perf_counter() - started:.0f} s.", file=sys.stderr)
+    page = folder / "report.html"
+    step("The same as one file, to be opened, mailed or printed", "report", out, "--out", page)
+    print(
+        f"\nDone after {time.perf_counter() - started:.0f} s.\n"
+        f"  Look:     open {page} in a browser\n"
+        f"  Ask more: .venv/bin/headwater serve {out}",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-import { scaleLinear } from "d3-scale";
+import { scaleLinear, scaleLog } from "d3-scale";
 import { line } from "d3-shape";
 import { useState } from "preact/hooks";
 import { figure } from "./text";
@@ -30,7 +30,10 @@ export function Histogram(props: { bins: Bins; title: string; unit: string; mark
   const [ref, width] = useWidth<HTMLDivElement>(480);
   const { edges, counts } = props.bins;
   const height = 170;
-  const x = scaleLinear([edges[0] ?? 0, edges.at(-1) ?? 1], [LEFT, width - RIGHT]);
+  const ends = [edges[0] ?? 0, edges.at(-1) ?? 1], range = [LEFT, width - RIGHT];
+  const logarithmic = ratio(edges, 0) > 1.001 && Math.abs(ratio(edges, 0) - ratio(edges, edges.length - 2)) < 0.01 * ratio(edges, 0);
+  const x = logarithmic ? scaleLog(ends, range) : scaleLinear(ends, range);
+  const ticks = spread(logarithmic ? [...x.ticks(), ...ends] : x.ticks(Math.max(3, width / 110)), x, logarithmic ? 44 : 0);
   const y = scaleLinear([0, Math.max(...counts, 1)], [height - BOTTOM, TOP + 8]).nice(3);
   const total = counts.reduce((a, b) => a + b, 0);
   return (
@@ -38,7 +41,7 @@ export function Histogram(props: { bins: Bins; title: string; unit: string; mark
       <figcaption>{props.title}{props.bins.told && <span class="soft"> {props.bins.told}</span>}</figcaption>
       <Frame width={width} height={height} xTitle={props.unit} yTitle="examples"
         label={`${props.title}: histogram of ${total} examples from ${figure(edges[0])} to ${figure(edges.at(-1))} ${props.unit}`}
-        x={x.ticks(Math.max(3, width / 110)).map((t) => ({ at: x(t), label: figure(t) }))} y={y.ticks(3).map((t) => ({ at: y(t), label: figure(t) }))}>
+        x={ticks.map((t) => ({ at: x(t), label: figure(t, 2) }))} y={y.ticks(3).filter(Number.isInteger).map((t) => ({ at: y(t), label: figure(t) }))}>
         {counts.map((n, i) => {
           const [from, to] = [x(edges[i] ?? 0), x(edges[i + 1] ?? 0)];
           return n > 0 && <rect key={i} class="column" x={from + 0.5} width={Math.max(to - from - 1, 0.75)} y={y(n)} height={y(0) - y(n)}><title>{`${figure(n)} examples from ${figure(edges[i])} to ${figure(edges[i + 1])}`}</title></rect>;
@@ -46,6 +49,24 @@ export function Histogram(props: { bins: Bins; title: string; unit: string; mark
       </Frame>
     </figure>
   );
+}
+
+function ratio(edges: number[], at: number): number {
+  const [low, high] = [edges[at] ?? 0, edges[at + 1] ?? 0];
+  return low > 0 ? high / low : 0;
+}
+
+/** The ticks that have room, those first in the list before others: round ones, then the ends. */
+function spread(ticks: number[], x: (value: number) => number, room: number): number[] {
+  const kept: number[] = [];
+  const rounder = (t: number) => Number(t.toExponential().split("e")[0]);
+  const order = room ? [...ticks].sort((a, b) => rank(rounder(a)) - rank(rounder(b))) : ticks;
+  for (const t of order) if (kept.every((k) => Math.abs(x(k) - x(t)) >= room)) kept.push(t);
+  return kept;
+}
+
+function rank(mantissa: number): number {
+  return mantissa === 1 ? 0 : mantissa === 5 || mantissa === 2 ? 1 : Number.isInteger(mantissa) ? 2 : 3;
 }
 
 /** Eigenvalues of every layer, largest first; the chosen layer stands out. */
@@ -73,7 +94,7 @@ export function SpectrumChart(props: { of: Spectrum[] }) {
           label={`Curvature spectrum of ${props.of.length} layers, eigenvalue by rank, from 10 to the ${figure(Math.max(...values))} down to 10 to the ${figure(Math.min(...values))}`}
           x={[0, 0.25, 0.5, 0.75, 1].map((t) => ({ at: x(t), label: `${100 * t} %` }))} y={y.ticks(5).map((t) => ({ at: y(t), label: Number.isInteger(t) ? `10${superscript(t)}` : "" }))}>
           {props.of.map((s) => (
-            <path key={s.layer} d={path(s.points) ?? undefined} class={`spectrum k${kinds.indexOf(s.kind) % 6}${picked && picked !== s ? " faint" : ""}${picked === s ? " picked" : ""}`}
+            <path key={s.layer} d={path(s.points) ?? undefined} class={`spectrum${props.of.length > 12 ? "" : " few"} k${kinds.indexOf(s.kind) % 6}${picked && picked !== s ? " faint" : ""}${picked === s ? " picked" : ""}`}
               onClick={() => choose(s.layer)}><title>{`${s.layer}: ${s.told}`}</title></path>
           ))}
         </Frame>
@@ -93,13 +114,13 @@ export function PredictedActual(props: { rows: VerificationRow[] }) {
   const [ref, width] = useWidth<HTMLDivElement>(520);
   const side = Math.min(width, 560);
   const height = Math.round(side * 0.72);
-  const spread = (values: number[]): [number, number] => {
+  const reach = (values: number[]): [number, number] => {
     const [low, high] = [Math.min(0, ...values), Math.max(0, ...values)];
     const room = 0.06 * (high - low || 1);
     return [low - room, high + room];
   };
-  const x = scaleLinear(spread(props.rows.map((r) => r.predicted_value)), [LEFT, side - RIGHT]);
-  const y = scaleLinear(spread(props.rows.map((r) => r.actual_value)), [height - BOTTOM, TOP + 8]);
+  const x = scaleLinear(reach(props.rows.map((r) => r.predicted_value)), [LEFT, side - RIGHT]);
+  const y = scaleLinear(reach(props.rows.map((r) => r.actual_value)), [height - BOTTOM, TOP + 8]);
   const from = Math.max(x.domain()[0] ?? 0, y.domain()[0] ?? 0);
   const to = Math.min(x.domain()[1] ?? 0, y.domain()[1] ?? 0);
   return (
@@ -135,9 +156,12 @@ export function TimelineChart(props: { of: Segment[]; label: string }) {
       <Frame width={width} height={height} xTitle="training step" yTitle="nats" label={props.label}
         x={[...new Set(props.of.flatMap((s) => [s.start, s.stop]))].map((t) => ({ at: x(t), label: figure(t) }))} y={y.ticks(4).map((t) => ({ at: y(t), label: figure(t) }))}>
         {props.of.map((s, i) => {
-          const [from, to, middle] = [x(s.start) + 2, x(s.stop) - 2, (x(s.start) + x(s.stop)) / 2];
+          const middle = (x(s.start) + x(s.stop)) / 2;
+          const half = Math.max(Math.min(0.3 * (x(s.stop) - x(s.start)), 60), 0.5);
+          const [from, to] = [middle - half, middle + half];
           return (
             <g key={i}>
+              {i > 0 && <line class="grid" x1={x(s.start)} x2={x(s.start)} y1={TOP + 8} y2={height - BOTTOM} />}
               <rect class="r-up" x={from} width={Math.max(to - from, 1)} y={y(s.raised)} height={Math.max(y(0) - y(s.raised), 0)} />
               <rect class="r-down" x={from} width={Math.max(to - from, 1)} y={y(0)} height={Math.max(y(s.lowered) - y(0), 0)} />
               <path class="net" transform={`translate(${middle} ${y(s.net)})`} d="M0-7L6 0 0 7-6 0z" />

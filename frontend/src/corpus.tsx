@@ -80,8 +80,8 @@ function Clusters(props: { of: CorpusSummary["clusters"] }) {
   const largest = Math.max(...props.of.map((c) => c.n), 1);
   return (
     <div>
-      <h2 class="h3">Clusters</h2>
-      <p class="soft small">Examples whose gradients point the same way, named after their middle one.</p>
+      <h2 class="h3">Near-duplicates</h2>
+      <p class="soft small">Groups of examples that are nearly the same, named after one of them, with their number.</p>
       <ol class="plain-list">
         {props.of.slice(0, 12).map((c) => (
           <li key={c.id}>

@@ -124,6 +124,7 @@ class Findings(Shown):
         sections: What was found, part by part.
         metadata: The examples' own columns.
         texts: How the examples shown read, by number, where they have a text.
+        pictures: How they look, by number, where they are images: bytes (channel, row, column).
         facts: What made the findings.
     """
 
@@ -132,6 +133,7 @@ class Findings(Shown):
     sections: tuple[Section, ...] = ()
     metadata: dict[str, list] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
+    pictures: dict[int, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -257,6 +259,8 @@ class Findings(Shown):
         with ArtifactWriter(folder, kind=KIND, facts=facts, made_from=made_from) as writer:
             writer.table("findings", {k: v for k, v in self.table().items() if k != "id"} or {})
             writer.table("train", to_table(self.ids, self.metadata))
+            for i, picture in self.pictures.items():
+                writer.tensor(f"picture:{i}", picture)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Findings":
@@ -271,6 +275,7 @@ class Findings(Shown):
             sections=tuple(_section(s) for s in facts["sections"]),
             metadata=metadata,
             texts={int(i): t for i, t in facts["texts"].items()},
+            pictures={int(n.partition(":")[2]): t for n, t in artifact.tensors("picture:")},
             facts=facts["facts"],
         )
 
@@ -325,6 +330,7 @@ def joined(parts: Sequence[Findings]) -> Findings:
         sections=tuple(s for part in parts for s in part.sections),
         metadata=parts[0].metadata,
         texts={i: t for part in parts for i, t in part.texts.items()},
+        pictures={i: t for part in parts for i, t in part.pictures.items()},
         facts={k: v for part in parts for k, v in part.facts.items()},
     )
 

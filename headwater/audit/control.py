@@ -5,8 +5,6 @@ labels are wrong. `headwater.calibrate.claims` then claims the most doubtful of 
 allows. It holds whatever the ranking is worth; a good one claims more.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 from headwater.audit.base import Findings, Section
 from headwater.calibrate import draw_sample, select
 from headwater.core.files import write_bytes
-from headwater.data.text import cell, read_rows
+from headwater.data.text import cell, csv_bytes, read_rows
 from headwater.numerics.batch_ranks import decimal
 
 WRONG = "is_wrong"  # the column that a person fills in
@@ -113,14 +111,12 @@ def write_sheet(
     given = findings.columns.get("given_label")
     pool = doubtful(findings, among)
     drawn = pool[draw_sample(len(pool), n, seed=seed)].tolist()
-    sheet = io.StringIO(newline="")
-    writer = csv.writer(sheet)
-    labelled = ["given_label"] if given is not None else []
-    writer.writerow(["id", WRONG, *labelled, *(["text"] if texts else [])])
-    for i in drawn:
-        label = [int(given[i])] if given is not None else []
-        writer.writerow([findings.ids[i], "", *label, *([cell(texts[i])] if texts else [])])
-    write_bytes(path, sheet.getvalue().encode())
+    columns: dict[str, list] = {"id": [findings.ids[i] for i in drawn], WRONG: [""] * len(drawn)}
+    if given is not None:
+        columns["given_label"] = [int(given[i]) for i in drawn]
+    if texts:
+        columns["text"] = [cell(texts[i]) for i in drawn]
+    write_bytes(path, csv_bytes(columns))
     return path
 
 

@@ -22,7 +22,7 @@ from headwater.core.capture import first_tensor
 from headwater.core.examples import Examples, as_examples
 from headwater.core.fit import Fit
 from headwater.core.forward import evaluate
-from headwater.core.layers import Layer
+from headwater.core.layers import KINDS, Layer
 from headwater.forget.base import EVERY, Eigen, editable_layers, eigen, matrix_of
 from headwater.numerics.resampling import Estimate, bootstrap
 from headwater.numerics.staircase import staircase_by_count, staircase_mask
@@ -98,7 +98,7 @@ def spectrum(
         fit: A fit with K-FAC factors.
         sets: Sets of examples by name, the clean one among them.
         clean: Name of the set that others are compared with.
-        layers: Patterns of names of linear layers.
+        layers: Patterns of names of linear and convolutional layers.
         bands: Upper ends of the bands, ascending to 1.
         by: "input" orders the eigenvectors of A, whose joint mass is $\mu_j \sum_i \lambda_i$; "pair" orders the pairs
             (i, j) as the edit does, so that a band is a staircase less the one before.
@@ -147,9 +147,11 @@ def _activity(
     modules = dict(fit.model.named_modules(remove_duplicate=False))
     seen: dict[str, list[Tensor]] = {}
 
-    def listen(name: str):
+    def listen(name: str, kind: str):
         def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             x = first_tensor(args, kwargs).detach()
+            if kind == "conv":
+                x = KINDS[kind][0](module, x, len(x), False)  # patches
             norms = [(x @ part.mT.to(x.dtype)).norm(dim=-1) for part in parts[name]]
             seen.setdefault(name, []).append(torch.stack(norms, dim=-1))
 
@@ -169,7 +171,7 @@ def _activity(
         for layer in layers:
             for use in layer.uses:
                 handle = modules[use.module].register_forward_pre_hook(
-                    listen(layer.name), with_kwargs=True
+                    listen(layer.name, use.kind), with_kwargs=True
                 )
                 stack.callback(handle.remove)
         return evaluate(fit.model, examples, norms, batches=fit.batches(examples), note="spectrum")

@@ -12,6 +12,7 @@ from headwater.audit.base import Findings, Passes, Section, Table, joined
 from headwater.audit.memorization import recited_examples
 from headwater.audit.mislabel import Mislabels
 from headwater.audit.outliers import Outliers
+from headwater.audit.pictures import pictures
 from headwater.audit.structure import degeneracy
 from headwater.audit.subject import Subject
 from headwater.core.capture import Progress
@@ -20,7 +21,8 @@ from headwater.core.fit import Fit
 from headwater.training.trajectory import Trajectory
 
 _TEXT = 2_000  # characters of an example that are kept
-_SHOWN = 100  # examples whose texts are kept
+_SHOWN = 100  # examples of a section whose texts are kept
+_PICTURED = 50  # and whose pictures
 
 _CANDIDATES = 50  # texts that are tried for recitation
 
@@ -122,6 +124,7 @@ def audit(
     probabilities: Float[Tensor, "train class"] | None = None,
     probabilities_cost: Passes | None = None,
     sections: Sequence[str] = CHEAP,
+    image: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Findings:
     """Everything an audit can say of a fit's training data.
@@ -133,6 +136,7 @@ def audit(
         probabilities: Probabilities by models that were not trained on the example.
         probabilities_cost: What those cost.
         sections: Names of further sections.
+        image: (row, column) or (channel, row, column) of images that are kept as vectors; others are recognised.
         progress: Called with (done, total, note).
 
     Raises:
@@ -154,6 +158,8 @@ def audit(
     found = joined([part for part in parts if part is not None])
     shown = dict.fromkeys(i for s in found.sections for i in s.shown[:_SHOWN])
     found.texts.update({i: text for i in shown if (text := read(fit.train, i)) is not None})
+    pictured = dict.fromkeys(i for s in found.sections for i in s.shown[:_PICTURED])
+    found.pictures.update(pictures(fit.train, list(pictured), image))
     found.facts["passes"] = str(found.passes)
     return found
 

@@ -110,7 +110,7 @@ IMAGES = (
         title="digits: CNN of two convolutions, 1,000 images",
         load=_images(digits, 1000),
         model=lambda seed: cnn(8, 10, channels=(8, 16), seed=seed),
-        recipe=(replace(_DIGITS_RULE, lr=0.02),),
+        recipe=(replace(_DIGITS_RULE, lr=0.1),),  # with 0.02 models of halves learn nothing
         repeats=2,
         parallel=10,
     ),

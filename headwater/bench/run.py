@@ -305,6 +305,13 @@ class Bench:
             ceiling = noise_ceiling(reported) if reported.shape[1] > 1 else None
             if ceiling is not None:
                 warn_low_ceiling(ceiling)
+            halves_right = None if self.workload.text else float((outcomes > 0).double().mean())
+            if halves_right is not None and halves_right < 0.5:
+                warnings.warn(
+                    f"Models of random halves answer only {100 * halves_right:.0f} % of the queries rightly: they have "
+                    "hardly learned, and the table is about the beginning of training. Train longer.",
+                    stacklevel=2,
+                )
         additive = None
         if len(bank.masks) >= 20:
             additive = additive_ceiling(bank.masks, outcomes.mean(1)[:, queries]).estimate
@@ -321,6 +328,7 @@ class Bench:
             "additive": _plain(additive),
             "metasmoothness": self._metasmoothness(),
             "right": self._accuracy(),
+            "halves_right": halves_right,
             "loss_auc": self._loss_auc(),
             "plain_seconds": self.plain_seconds(),
             "warnings": [str(w.message) for w in said],
@@ -338,7 +346,7 @@ class Bench:
         return evaluate(model, examples, task.loss, batches=plan_batches(examples))
 
     def _accuracy(self) -> float | None:
-        """Share of the queries that the first model answers rightly; None for text."""
+        """Share of the queries whose right answer has most of the first model's probability; None for text."""
         if self.workload.text:
             return None
         task, queries = self.workload.task, self.data.queries

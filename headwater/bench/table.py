@@ -22,12 +22,11 @@ def markdown(report: Report) -> str:
 
 
 def _preamble(report: Report) -> list[str]:
-    f = report.facts
-    right = (
-        f" The first model answers {100 * f['right']:.1f} % of the queries rightly."
-        if f["right"]
-        else ""
-    )
+    f, right = report.facts, ""
+    if f["right"] is not None:
+        halves = f.get("halves_right")
+        others = "" if halves is None else f", those of halves {100 * halves:.1f} %"
+        right = f" The first model answers {100 * f['right']:.1f} % of the queries rightly{others}."
     lines = [
         f"{f['parameters']:,} parameters, {f['train']:,} examples, {f['steps']} steps, {f['queries']} queries; asked: "
         f"the {f['measurement']}.{right} *Expected effect*: {f['subsets']} random halves (alpha {f['alpha']:g}), "

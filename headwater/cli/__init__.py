@@ -54,6 +54,7 @@ examples:
   headwater adapt quip runs/mine --bits 3 --out runs/small
   headwater audit runs/mine
   headwater serve runs/mine
+  headwater audit structure runs/mine
   headwater verify runs/mine
   headwater report runs/mine
 

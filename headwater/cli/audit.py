@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from headwater.training.trajectory import Trajectory
 
 AUDITS, CHANGES = "audits", "changes.json"
+PARTS = {  # what an audit may look at alone; a run folder of that name is ./structure
+    "structure": "headwater.cli.audit_structure",
+    "drift": "headwater.cli.audit_drift",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,9 @@ class Audit:
 
     The report is printed and written into the run folder, as a page to open in a browser, as tables (Parquet and CSV,
     with columns that users of cleanlab know) and as a change set for `headwater verify RUN --audit`.
+
+    Two parts have commands of their own: `headwater audit structure RUN`, what the weights use, and `headwater audit
+    drift RUN`, how far checkpoints have moved in what they compute. They have their own --help.
 
     Example: headwater audit runs/mine
 
@@ -49,6 +57,7 @@ class Audit:
         combine: Names of the measures whose ranks are averaged.
         sections: What else to look at: outliers, memorization (of texts), structure (of the weights).
         neighbours: Nearest neighbours that are looked at.
+        image: Rows and columns (with 1 or 3 channels before them) of images that are kept as vectors, to show them.
         name: Name of the audit in the run folder.
         top: Examples of each section that are printed.
         json: Print the findings as JSON.
@@ -69,6 +78,7 @@ class Audit:
     combine: tuple[str, ...] = ()
     sections: tuple[str, ...] = ("outliers", "memorization")
     neighbours: int = 10
+    image: tuple[int, ...] = ()
     name: str = "audit"
     top: int = 10
     json: bool = False
@@ -89,6 +99,8 @@ class Audit:
 
 
 def run(words: list[str]) -> int:
+    if words and words[0] in PARTS:
+        return import_module(PARTS[words[0]]).run(words[1:])
     command = parse(Audit, words, prog="audit")
     findings = audit(command, quiet=command.json)
     if command.json:
@@ -191,23 +203,30 @@ def _stamp(command: Audit) -> list[Any]:
     return found
 
 
-def opened(command: Audit) -> tuple["Fit", Path | None]:
-    """The fit with its model and data, and where a record of the training run may be."""
+def opened(run: Path, program: str | None) -> tuple["Fit", Path | None, Any]:
+    """The fit with its model and data, where a record of the training run may be, and held-out data or None."""
     from headwater.core.fit import load
 
-    if command.program is not None:
-        model, data, task, _ = from_program(command.program, command.run)
-        return load(command.run / "fit", model, data, task), command.run
-    if not (command.run / RUN).is_file():
+    if not (run / "fit").is_dir():
         raise FileNotFoundError(
-            f"{command.run} has a fit and no {RUN}, so that its model is not known; name a function that makes model, "
-            "data and task: --program file.py:function."
+            f"{run} holds no fit; make one with `headwater fit … --out {run}`, or in Python with "
+            f"headwater.fit(…, folder={str(run / 'fit')!r})."
+        )
+    if program is not None:
+        if ":" not in program:
+            raise ValueError(f"Expected --program file.py:function; got {program!r}.")
+        model, data, task, heldout = from_program(program, run)
+        return load(run / "fit", model, data, task), run, heldout
+    if not (run / RUN).is_file():
+        raise FileNotFoundError(
+            f"{run} has a fit and no {RUN}, so that its model is not known; name a function that makes model, data and "
+            "task: --program file.py:function."
         )
     from headwater.core.task import CausalLM
 
-    session, record = run_session(command.run)
-    fit = load(command.run / "fit", session.language.model, session.train, CausalLM())
-    return fit, Path(record["fit"]["model"])
+    session, record = run_session(run)
+    fit = load(run / "fit", session.language.model, session.train, CausalLM())
+    return fit, Path(record["fit"]["model"]), session.heldout
 
 
 def from_program(spec: str, run: Path) -> tuple[Any, Any, Any, Any]:
@@ -233,11 +252,12 @@ def from_program(spec: str, run: Path) -> tuple[Any, Any, Any, Any]:
     return (*found, None)[:4]  # type: ignore[return-value]
 
 
-def _trajectories(command: Audit, beside: Path | None) -> list["Trajectory"]:
+def trajectories(given: Path | None, beside: Path | None) -> list["Trajectory"]:
+    """The record of the training run: the one that is named, or the one beside the model where there is one."""
     from headwater.training.trajectory import FILE, Trajectory
 
-    place = command.trajectory or beside
-    if place is None or not (command.trajectory or (place / FILE).is_file()):
+    place = given or beside
+    if place is None or not (given or (place / FILE).is_file()):
         return []
     return [Trajectory.load(place)]
 
@@ -274,14 +294,15 @@ def _measure(command: Audit, *, quiet: bool) -> "Findings":
         n_issues=command.issues,
         neighbours=command.neighbours,
     )
-    fit, beside = opened(command)
+    fit, beside, _ = opened(command.run, command.program)
     with progress_bar(quiet=quiet) as progress:
         return audit(
             fit,
             labels=labels,
-            trajectories=_trajectories(command, beside),
+            trajectories=trajectories(command.trajectory, beside),
             probabilities=_probabilities(command.out_of_fold),
             sections=command.sections,
+            image=command.image or None,
             progress=progress,
         )
 
@@ -306,7 +327,7 @@ def _sheet(command: Audit, findings: "Findings") -> None:
     assert command.sample is not None
     texts: list[str] = []
     if "given_label" not in findings.columns:
-        fit, _ = opened(command)
+        fit = opened(command.run, command.program)[0]
         texts = [read(fit.train, i) or "" for i in range(len(findings))]
     path = _sheet_place(command)
     options = {"among": command.among, "seed": command.sample_seed, "texts": texts}

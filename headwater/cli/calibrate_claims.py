@@ -1,6 +1,5 @@
 """`headwater calibrate draw` and `select`: claims with error control, from scores and a few verified examples."""
 
-import csv
 import io
 import math
 from dataclasses import dataclass
@@ -282,9 +281,7 @@ def _encoded(path: Path, columns: dict[str, list]) -> bytes:
         pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
         return buffer.getvalue()
     if path.suffix.lower() == ".csv":
-        text = io.StringIO(newline="")
-        rows = csv.writer(text)
-        rows.writerow(columns)
-        rows.writerows(zip(*columns.values(), strict=True))
-        return text.getvalue().encode()
+        from headwater.data.text import csv_bytes
+
+        return csv_bytes(columns)
     raise ValueError(f"{path} must be named .csv or .parquet, to say how it is to be written.")

@@ -1,7 +1,5 @@
 """`headwater calibrate ifcomp`: hedged probabilities from the complexities that a run folder holds."""
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -119,10 +117,6 @@ def _complexities(command: Hedge) -> "dict[str, Complexity]":
 def _write(path: Path, found: "Complexity", hedged: "Predictions") -> None:
     """A table, one row an example, whole or not at all."""
     from headwater.core.files import write_bytes
+    from headwater.data.text import csv_bytes
 
-    columns = found.table() | hedged.table()
-    text = io.StringIO(newline="")
-    rows = csv.writer(text)
-    rows.writerow(columns)
-    rows.writerows(zip(*columns.values(), strict=True))
-    write_bytes(path, text.getvalue().encode())
+    write_bytes(path, csv_bytes(found.table() | hedged.table()))

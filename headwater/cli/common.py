@@ -352,3 +352,23 @@ def run_session(run: Path) -> Opened:
     )
     heldout = None if command["heldout"] is None else Path(command["heldout"])
     return open_session(inputs, heldout=heldout), record
+
+
+def save_plot(path: Path, plot: Callable[[], Any]) -> None:
+    """A figure as a picture, whole or not at all, where matplotlib is installed."""
+    import io
+
+    from headwater.core.files import write_bytes
+    from headwater.extras import require
+
+    try:
+        plots: Any = require("matplotlib.pyplot", extra="plots")
+    except ImportError as error:
+        print(f"headwater: no plot: {error}", file=sys.stderr)
+        return
+    figure, content = plot(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # texts of any script
+        figure.savefig(content, dpi=150, format="png")
+    write_bytes(path, content.getvalue())
+    plots.close(figure)

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -50,7 +49,7 @@ class CurvatureEdit:
         run: The run folder of `headwater fit`.
         out: Folder of the edit; needed unless --dry-run.
         keep_mass: Share of the curvature's mass that is kept, in (0, 1].
-        layers: Patterns of names of linear layers; every one that the fit follows, when left out.
+        layers: Patterns of names of linear and convolutional layers; every one that the fit follows, when left out.
         ranking: By mass, which is the paper's; corrected and rectangular are variants, random is the control.
         seed: Seed of the control.
         write_model: Folder for the edited model, which must not exist yet.
@@ -255,10 +254,9 @@ def _require_free(folder: Path | None, flag: str) -> None:
 
 def _write(language: "LanguageModel", out: Path) -> None:
     """A model folder that is whole once it is there."""
+    from headwater.core.replacing import whole_folder
     from headwater.models.language import quiet
 
-    partial = out.with_name(f".{out.name}.partial-{token_hex(4)}")
-    with quiet():
+    with whole_folder(out) as partial, quiet():
         language.model.save_pretrained(partial)  # type: ignore[operator]
         language.tokenizer.save_pretrained(partial)
-    os.replace(partial, out)

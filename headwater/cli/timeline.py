@@ -1,7 +1,5 @@
 """`headwater timeline`: when in a fine-tuning a completion was learnt, and from which examples."""
 
-import sys
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ from headwater.cli.common import (
     progress_bar,
     require_trained_on,
     run_session,
+    save_plot,
     say,
 )
 from headwater.cli.flags import RUN, parse, require
@@ -95,7 +94,7 @@ def timeline(
         found = replace(made, facts=made.facts | {"question": digest})
         found.save(kept)
     if not plot.is_file():
-        _plot(found, plot)
+        save_plot(plot, found.plot)
     record_answer(command.run, "timelines", command.name, asked)
     return found, folder
 
@@ -131,23 +130,6 @@ def _timeline(command: Timeline, opened: Opened | None, progress: "Progress | No
         top=command.top,
         progress=progress,
     )
-
-
-def _plot(found: "Result", path: Path) -> None:
-    """The plot, where matplotlib is installed."""
-    from headwater.extras import require as optional
-
-    try:
-        plots: Any = optional("matplotlib.pyplot", extra="plots")
-    except ImportError as error:
-        print(f"headwater: no plot: {error}", file=sys.stderr)
-        return
-    figure, partial = found.plot(), path.with_name(f".{path.name}.partial")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # texts of any script
-        figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
-    plots.close(figure)
 
 
 def _told(found: "Result", command: Timeline) -> dict[str, Any]:

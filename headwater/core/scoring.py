@@ -154,16 +154,23 @@ class Strongest:
 
     def add(self, scores: Float[Tensor, "query row"], index: Int[Tensor, " row"]) -> None:
         """Take scores of some examples, named by `index`."""
-        group = torch.zeros_like(index) if self.groups is None else self.groups[index]
-        scores = scores.double()
-        self.totals[0].index_add_(1, group, scores.clamp(min=0))
-        self.totals[1].index_add_(1, group, scores.clamp(max=0))
+        sides = (scores.clamp(min=0), scores.clamp(max=0))
+        for total, part in zip(self.totals, sides, strict=True):
+            if self.groups is None:
+                total += part.sum(1, keepdim=True, dtype=torch.float64)
+            else:
+                total.index_add_(1, self.groups[index], part.double())
         whole = index.expand(len(scores), -1)
         for side in range(2):
             self._keep(side, scores, whole)
 
     def _keep(self, side: int, scores: Tensor, index: Tensor) -> None:
-        scores = torch.cat([self.ends[side], scores], dim=1)
+        if self.ends[side].shape[1] == self.keep > 0:  # most cannot be among the strongest any more
+            last = self.ends[side][:, -1:]
+            worse = scores <= last if side == 0 else scores >= last
+            some = ~worse.all(0)
+            scores, index = scores[:, some], index[:, some]
+        scores = torch.cat([self.ends[side], scores.double()], dim=1)
         index = torch.cat([self.index[side], index], dim=1)
         k = min(self.keep, scores.shape[1])
         self.ends[side], place = scores.topk(k, dim=1, largest=side == 0)

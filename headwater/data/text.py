@@ -8,7 +8,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -150,6 +150,20 @@ def read_rows(path: str | Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} is empty: it holds no rows.")
     return rows
+
+
+def csv_bytes(columns: Mapping[str, Sequence]) -> bytes:
+    r"""Columns of equal length as a CSV file, with a heading.
+
+    Example:
+        >>> csv_bytes({"id": ["a"], "score": [0.5]})
+        b'id,score\r\na,0.5\r\n'
+    """
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(columns)
+    rows.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue().encode()
 
 
 def cell(value: Any) -> Any:

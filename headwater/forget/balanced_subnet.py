@@ -50,7 +50,7 @@ class BalancedSubnet(Editor):
         loss_weight: Weight w of forgetting beside keeping.
         epochs: Passes over the forget set.
         lr: Learning rate of the scores.
-        layers: Patterns of names of linear layers.
+        layers: Patterns of names of linear and convolutional layers.
         seed: Seed of the order of the batches.
     """
 

@@ -20,8 +20,12 @@ from headwater.core.layers import Layer
 from headwater.core.store import Artifact, ArtifactWriter
 from headwater.numerics import spectral
 
-LINEAR = ("linear", "conv1d")
-EVERY = ("*",)  # every linear layer that the fit follows
+MATRICES = (
+    "linear",
+    "conv1d",
+    "conv",
+)  # kinds whose weight is a matrix that reads inputs or patches
+EVERY = ("*",)  # every linear and convolutional layer that the fit follows
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -160,7 +164,7 @@ def as_edit(
         old = named[parameter].detach()
         wide = torch.promote_types(old.dtype, torch.float32)
         change = matrix.double() - matrix_of(layer, old).double()
-        delta = change.mT if layer.kind == "conv1d" else change
+        delta = change.mT if layer.kind == "conv1d" else change.reshape(old.shape)
         deltas[parameter], before[parameter] = delta.to(wide).cpu(), old.cpu().clone()
         norm = float(matrix_of(layer, old).double().norm())
         told.append(
@@ -173,8 +177,8 @@ def as_edit(
 
 
 def matrix_of(layer: Layer, weight: Tensor) -> Shaped[Tensor, "out in"]:
-    """A layer's weight as the matrix that multiplies its input."""
-    return weight.mT if layer.kind == "conv1d" else weight
+    """A layer's weight as the matrix that multiplies its input, which is a patch for a convolution."""
+    return weight.mT if layer.kind == "conv1d" else weight.flatten(1)
 
 
 class Eigen(NamedTuple):
@@ -215,7 +219,7 @@ def eigen(fit: Fit, layer: Layer) -> Eigen:
         )
     if name not in curvature.factor_eigenvalues:
         curvature.activation_covariance(name)  # says what is missing
-    n, widest = curvature.facts.get("moments_positions", fit.n_rows), max(layer.shape)
+    n, widest = positions_of(fit, layer), max(layer.shape)
     if n < widest / 10:
         raise ValueError(
             f"The factors of {name!r} ({widest} wide) rest on {n:.0f} positions; with less than a tenth of the "
@@ -249,43 +253,54 @@ def predicted_increase(fit: Fit, layer: Layer, delta: Float[Tensor, "out in"]) -
         factors = eigen(fit, layer)
     except ValueError:
         return None
-    facts = fit.curvature.facts
-    positions = facts.get("moments_positions", 1.0) / facts.get("moments_examples", 1.0)
+    positions = positions_of(fit, layer) / fit.curvature.facts.get("moments_examples", fit.n_rows)
     return positions * quadratic_increase(delta, factors)
 
 
+def positions_of(fit: Fit, layer: Layer) -> float:
+    """Positions that a layer's factors rest on: of a convolution the sites of its output."""
+    facts = fit.curvature.facts
+    own = facts.get("moments_layer_positions", {}).get(layer.name)
+    return facts.get("moments_positions", fit.n_rows) if own is None else own
+
+
 def editable_layers(fit: Fit, patterns: Sequence[str]) -> list[Layer]:
-    """The linear layers of a fit whose names match.
+    """The linear and convolutional layers of a fit whose names match.
 
     Raises:
-        ValueError: A pattern matches nothing, or a layer that is not linear, shares its weight with one that is not, or
-            is quantized.
+        ValueError: A pattern matches nothing, or a layer of another kind, a convolution in groups, one that shares its
+            weight with a layer of another kind, or a quantized one.
     """
     fit.capture()  # refuses a model whose weights were changed since
     parameters = {name for name, _ in fit.model.named_parameters(remove_duplicate=False)}
-    able = [x for x in fit.followed if _is_linear(x) and x.parameters[0] in parameters]
+    able = [x for x in fit.followed if _is_matrix(x) and x.parameters[0] in parameters]
     editable = {x.name for x in able}
     chosen: dict[str, Layer] = {}
     for pattern in patterns:
         matched = [x for x in fit.followed if fnmatchcase(x.name, pattern)]
-        linear = [x for x in matched if x.name in editable]
-        other = sorted((x for x in matched if x.name not in editable), key=_is_linear)[::-1]
-        if not linear or (other and pattern not in EVERY):
+        found = [x for x in matched if x.name in editable]
+        other = sorted((x for x in matched if x.name not in editable), key=_is_matrix)[::-1]
+        if not found or (other and pattern not in EVERY):
             there = ", ".join(x.name for x in able) or "none"
             what = f"{other[0].name!r} is {_why(other[0])}" if other else "it matches nothing"
             raise ValueError(
-                f"Expected linear layers that the fit follows for {pattern!r}; {what}. There are: {there}."
+                f"Expected linear or convolutional layers that the fit follows for {pattern!r}; {what}. There are: "
+                f"{there}."
             )
-        chosen |= {x.name: x for x in linear}
+        chosen |= {x.name: x for x in found}
     return list(chosen.values())
 
 
-def _is_linear(layer: Layer) -> bool:
-    return layer.kind in LINEAR and all(use.kind in LINEAR for use in layer.uses)
+def _is_matrix(layer: Layer) -> bool:
+    """Whether the weight is one matrix; of a convolution in groups every group is one of its own."""
+    kinds = {layer.kind, *(use.kind for use in layer.uses)}
+    return layer.kind in MATRICES and len(kinds) == 1 and layer.shape[0] == 1
 
 
 def _why(layer: Layer) -> str:
-    if _is_linear(layer):
+    if layer.shape[0] > 1:
+        return f"a convolution of {layer.shape[0]} groups, whose weight is no single matrix"
+    if _is_matrix(layer):
         return "quantized, so that its weights cannot be edited; edit the model it was made from"
     kinds = sorted({use.kind for use in layer.uses} | {layer.kind})
     return " tied with ".join(kinds) if len(kinds) > 1 else f"of kind {kinds[0]}"

@@ -107,7 +107,7 @@ class CurvatureEdit(Editor):
 
     Args:
         keep_mass: Share ρ of the mass that is kept, in (0, 1].
-        layers: Patterns of names of linear layers.
+        layers: Patterns of names of linear and convolutional layers.
         ranking: By "mass" λᵢμⱼ, which is the paper's. Variants: "corrected" ranks by EK-FAC's corrected eigenvalues,
             "rectangular" cuts the eigenvalues of A and of G apart, "random" keeps as many pairs as "mass", drawn at
             random, and is the control.

@@ -34,7 +34,7 @@ class SVDTruncation(Editor):
 
     Args:
         keep_rank: Share of the singular values that are kept, in (0, 1].
-        layers: Patterns of names of linear layers.
+        layers: Patterns of names of linear and convolutional layers.
     """
 
     paper: ClassVar[str] = "doi:10.1007/BF02288367"

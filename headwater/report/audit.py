@@ -17,6 +17,7 @@ from torch import Tensor
 from headwater.audit import Findings, Section
 from headwater.report import text
 from headwater.report.html import render_page, write_page
+from headwater.report.pictures import data_uri
 from headwater.report.terminal import Encodable
 
 # Columns shown beside an example, where there are: of a section, and in which order.
@@ -41,6 +42,7 @@ _HEADS = {
 }
 _NAME, _EXCERPT, _PAGE_EXCERPT, _CELL = 60, 160, 600, 200
 _PAGE_TOP = 50
+_PICTURE = 64  # pixels on the page
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,17 @@ class Row:
         id: Its name.
         cells: Its values in the shown columns.
         text: How it begins, where it has a text.
+        picture: How it looks, where it is an image: the address of a PNG, its width and height on the page.
     """
 
     id: str
     cells: tuple[str, ...]
     text: str
+    picture: tuple[str, int, int] | None = None
 
 
 def rows(
-    findings: Findings, section: Section, top: int, excerpt: int
+    findings: Findings, section: Section, top: int, excerpt: int, *, pictures: bool = False
 ) -> tuple[list[str], list[Row]]:
     """The columns and the examples to show of a section, the most doubtful first."""
     wanted = _BESIDE.get(section.name, section.columns)
@@ -72,9 +76,19 @@ def rows(
             text.shortened(findings.ids[i], _NAME),
             tuple(value(findings.columns[name], i) for name in heads),
             text.shortened(findings.texts.get(i, ""), excerpt),
+            _picture(findings.pictures.get(i)) if pictures else None,
         )
         for i in chosen
     ]
+
+
+def _picture(pixels: Tensor | None) -> tuple[str, int, int] | None:
+    """A picture's address and its size, small ones enlarged by a whole number."""
+    if pixels is None:
+        return None
+    height, width = pixels.shape[1:]
+    times = max(1, _PICTURE // max(height, width))
+    return data_uri(pixels), times * width, times * height
 
 
 def value(column: Tensor | list, i: int) -> str:
@@ -148,6 +162,7 @@ def render_findings(findings: Findings, *, top: int = _PAGE_TOP) -> str:
             ("Cost beyond the fit", str(findings.passes)),
         ],
         sections=[_section(findings, section, top) for section in findings.sections],
+        has_pictures=bool(findings.pictures),
         facts=[
             (name.replace("_", " "), text.shortened(_told(fact), 2_000))
             for name, fact in findings.facts.items()
@@ -157,7 +172,7 @@ def render_findings(findings: Findings, *, top: int = _PAGE_TOP) -> str:
 
 
 def _section(findings: Findings, section: Section, top: int) -> dict[str, Any]:
-    heads, examples = rows(findings, section, top, _PAGE_EXCERPT)
+    heads, examples = rows(findings, section, top, _PAGE_EXCERPT, pictures=True)
     return {
         "name": section.name,
         "title": section.title,
@@ -165,6 +180,7 @@ def _section(findings: Findings, section: Section, top: int) -> dict[str, Any]:
         "heads": heads,
         "shown": examples,
         "has_text": any(row.text for row in examples),
+        "has_picture": any(row.picture for row in examples),
         "tables": [
             {
                 "title": table.title,

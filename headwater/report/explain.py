@@ -403,10 +403,10 @@ def _block(name: str) -> str:
 
 
 def _module(name: str) -> str:
-    """What a layer is within its block: its name after the number, or the name itself.
+    """What a layer is within its block: its name after the number, or the name itself, without its adapter's part.
 
     Example:
-        >>> _module("model.layers.3.mlp.up_proj"), _module("lm_head")
+        >>> _module("model.layers.3.mlp.up_proj.lora_A.default"), _module("lm_head")
         ('mlp.up_proj', 'lm_head')
     """
-    return re.split(r"\.\d+\.", name)[-1]
+    return re.sub(r"\.lora_[AB]\..*", "", re.split(r"\.\d+\.", name)[-1])

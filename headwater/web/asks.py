@@ -22,7 +22,7 @@ class Body(BaseModel):
 class Change(Body):
     """What is to be done with one training example."""
 
-    id: Annotated[str, Field(min_length=1, max_length=4_000)]
+    id: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
     number: Annotated[int, Field(ge=0)] | None = None
     action: Literal["remove", "duplicate", "upweight", "relabel", "keep"]
     weight: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None

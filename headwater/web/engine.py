@@ -7,6 +7,7 @@ another attempt, in which the commands find what was finished, and fails after t
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 import traceback
@@ -60,7 +61,9 @@ class Worker:
     def kill(self) -> None:
         """End it at once; what it writes is written whole or not at all."""
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            if self._process.returncode is None:
+                # Not `Process.kill`: it looks whether the child has ended, and then asyncio cannot learn how.
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def ended(self) -> str:
         """How it ended, in words, once it has."""

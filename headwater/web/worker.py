@@ -104,6 +104,8 @@ def main(folder: str) -> None:
 
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print goes to the server's log
+    if hasattr(os, "nice"):
+        os.nice(5)  # the page comes first
     sys.stdout = sys.stderr
     waiting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     stopped: set[str] = set()

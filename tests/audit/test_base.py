@@ -10,6 +10,10 @@ from headwater.audit.base import joined
 from headwater.training.changes import ChangeSet
 
 
+def picture() -> torch.Tensor:
+    return torch.arange(12, dtype=torch.uint8).view(1, 3, 4)
+
+
 def findings(**more) -> Findings:
     columns = {
         "label_score": torch.tensor([0.9, 0.2, 0.1, 0.4]).double(),
@@ -55,6 +59,12 @@ def test_a_change_set_relabels_where_another_label_is_known_and_removes_the_rest
     assert findings().change_set(relabel=False).remove == ("y", "x")
     kept = findings().change_set(keep=("y",))
     assert kept.keep == ("y",) and kept.remove == () and kept.relabel == {"x": 2}
+
+
+def test_pictures_are_saved_with_their_examples(tmp_path):
+    findings(pictures={2: picture()}).save(tmp_path / "found")
+    found = Findings.load(tmp_path / "found")
+    assert list(found.pictures) == [2] and torch.equal(found.pictures[2], picture())
 
 
 def test_findings_are_read_as_they_were_saved(tmp_path):

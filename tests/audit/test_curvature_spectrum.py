@@ -44,6 +44,21 @@ def test_activity_is_the_norm_of_what_a_band_returns():
     assert found.table()["band"] == ["0-100 %"]
 
 
+def test_activity_of_a_convolution_is_the_mean_over_its_sites():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(60, 3)
+    ).double()
+    x, y = torch.randn(60, 2, 4, 5).double(), torch.randint(3, (60,))
+    fit = headwater.fit(model, (x, y), Classification(), curvature=KFAC(fisher="empirical"))
+    data = TensorExamples(x[:7], y[:7])
+    found = spectrum(fit, {"clean": data, "same": data}, layers=("0",), bands=(1.0,))
+    with torch.no_grad():
+        returned = model[0](x[:7]) - model[0].bias[:, None, None]
+    expected = returned.norm(dim=1).mean((1, 2))
+    torch.testing.assert_close(found.activity["same"][:, 0, 0], expected, rtol=1e-10, atol=0)
+
+
 def test_inputs_along_rare_directions_light_up_the_last_band():
     torch.manual_seed(0)
     scales = torch.tensor([3.0, 2.0, 1.0, 0.1, 0.1]).double()

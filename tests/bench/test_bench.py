@@ -128,6 +128,27 @@ def test_unrolling_leads_on_its_own_run_and_random_is_at_zero(report):
     assert 0.5 < report.facts["ceiling"]["value"] <= 1
 
 
+def test_models_of_halves_that_learned_nothing_are_told(report, folder, tmp_path):
+    told = f"of the queries rightly, those of halves {100 * report.facts['halves_right']:.1f} %."
+    assert told in markdown(report) and report.facts["halves_right"] > 0.5
+    assert not any("hardly learned" in text for text in report.facts["warnings"])
+    idle = replace(TINY, recipe=(replace(TINY.recipe[0], lr=1e-6),), model=_against)
+    facts = Bench(idle, tmp_path, replace(PLAN, subsets=20, seeds=1)).facts()
+    assert facts["halves_right"] == facts["right"] < 0.3  # they are all the initial model
+    assert any("have hardly learned" in text for text in facts["warnings"])
+    facts["right"] = 0.0
+    assert "answers 0.0 % of the queries" in markdown(replace(report, facts=facts))
+
+
+def _against(seed: int) -> torch.nn.Module:
+    """A model that takes each cloud for the other."""
+    model = logistic_regression(4, 2, seed=seed)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        model[0].bias.copy_(torch.tensor([-3.0, 3.0]))
+    return model
+
+
 def test_knobs_are_tuned_on_one_half_and_every_row_is_reported_on_the_other(report, folder):
     bench = Bench(TINY, folder / "tiny", PLAN)
     (q, k), (q_report, k_report) = bench.halves["tune"], bench.halves["report"]

@@ -85,7 +85,10 @@ def test_json_holds_the_table_and_what_was_tried(place, capsys):
         ([], "--out FOLDER"),
         (["--keep-mass", "0", "--dry-run"], "above 0 and at most 1"),
         (["--dry-run", "--out", "x"], "writes nothing"),
-        (["--dry-run", "--layers", "model.embed_tokens"], "Expected linear layers"),
+        (
+            ["--dry-run", "--layers", "model.embed_tokens"],
+            "Expected linear or convolutional layers",
+        ),
         (["--out", "x", "--write-model", "."], "exists already"),
         (["--out", "x", "--write-model", "x"], "a folder of its own"),
     ],

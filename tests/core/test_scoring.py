@@ -14,6 +14,7 @@ from headwater.core.scoring import (
     PairScores,
     ReplicateScores,
     SelfScores,
+    Strongest,
     StrongestScores,
     TokenScores,
 )
@@ -123,6 +124,20 @@ def test_the_strongest_and_the_totals_equal_those_of_the_whole_matrix():
     for name, part in pairs.by_layer.items():
         total = part.abs().sum(1).double()  # kept in float32
         torch.testing.assert_close(found.layer_totals[name], total, rtol=1e-5, atol=1e-5)
+
+
+@given(seed=st.integers(0, 999), keep=st.integers(0, 6), step=st.integers(1, 9))
+@settings(deadline=None, max_examples=40)
+def test_the_strongest_of_a_stream_with_ties_are_those_of_the_whole(seed, keep, step):
+    whole = torch.randint(-3, 4, (3, 20), generator=torch.Generator().manual_seed(seed)).float()
+    found = Strongest(3, keep)
+    for places in torch.arange(20).split(step):
+        found.add(whole[:, places], places)
+    for ends, index, largest in zip(found.ends, found.index, (True, False), strict=True):
+        assert torch.equal(ends, whole.double().topk(keep, dim=1, largest=largest).values)
+        assert torch.equal(whole.gather(1, index).double(), ends)
+        assert all(len(set(row)) == keep for row in index.tolist())
+    assert torch.equal(found.totals.sum(0)[:, 0], whole.double().sum(1))
 
 
 def test_what_streaming_holds_does_not_grow_with_the_examples():

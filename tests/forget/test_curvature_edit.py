@@ -11,7 +11,7 @@ from headwater.core.curvature import KFAC
 from headwater.core.files import ArtifactMismatch
 from headwater.core.task import Classification, Regression
 from headwater.forget import CurvatureEdit, edit_matrix
-from headwater.forget.base import Eigen, descending, quadratic_increase
+from headwater.forget.base import Eigen, descending, positions_of, quadratic_increase
 from headwater.forget.curvature_edit import at_random, greatest, keep_pairs, rectangle
 from tests.cases import mlp, mlp_data
 from tests.forget_cases import fitted, matrix
@@ -124,6 +124,119 @@ def test_a_fit_predicts_the_same_with_a_bias_that_stays():
     assert torch.equal(edited.bias, model.bias)
     actual = float(task.loss(edited, (x, y)).mean().detach()) - before
     assert actual == pytest.approx(edit.rows[0]["predicted_increase"], rel=1e-9)
+
+
+# Convolutions: the weight is a matrix that reads patches
+
+
+def test_a_convolution_of_the_whole_picture_is_edited_as_the_linear_layer_it_is():
+    torch.manual_seed(0)
+    conv, line = nn.Conv2d(2, 3, 4).double(), nn.Linear(32, 3).double()
+    with torch.no_grad():
+        line.weight.copy_(conv.weight.flatten(1))
+        line.bias.copy_(conv.bias)
+    x, y = torch.randn(60, 2, 4, 4).double(), torch.randint(3, (60,))
+    edits = []
+    for model, inputs in (
+        (nn.Sequential(conv, nn.Flatten()), x),
+        (nn.Sequential(nn.Identity(), line), x.flatten(1)),
+    ):
+        method = KFAC(fisher="empirical")
+        fit = headwater.fit(model, (inputs, y), Classification(), curvature=method)
+        for ranking in ("mass", "rectangular"):
+            edits.append(CurvatureEdit(keep_mass=0.6, ranking=ranking).edit(fit))
+    for of_conv, of_line in zip(edits[:2], edits[2:], strict=True):
+        delta, same = of_conv.deltas["0.weight"], of_line.deltas["1.weight"]
+        assert delta.shape == (3, 2, 4, 4) and float(delta.abs().max()) > 1e-3
+        torch.testing.assert_close(delta.flatten(1), same, rtol=0, atol=1e-9)
+        rows = zip(of_conv.rows, of_line.rows, strict=True)
+        for mine, others in rows:
+            assert mine["predicted_increase"] == pytest.approx(others["predicted_increase"])
+            assert mine["kept"] == others["kept"]
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2}])
+def test_a_convolutions_change_at_the_optimum_costs_what_is_predicted(options):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 2, 6, 5, generator=generator, dtype=torch.float64)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, **options), nn.Flatten()).double()
+    conv = model[0]
+    y = torch.randn(*conv(x).shape, generator=generator, dtype=torch.float64)
+    patches = nn.functional.unfold(x, 3, **options).mT.flatten(0, 1)
+    patches = torch.cat([patches, torch.ones(len(patches), 1)], 1)
+    solution = torch.linalg.lstsq(patches, y.flatten(2).mT.flatten(0, 1)).solution.mT
+    with torch.no_grad():
+        conv.weight.copy_(solution[:, :-1].view_as(conv.weight))
+        conv.bias.copy_(solution[:, -1])
+    task, data = Regression(), (x, y.flatten(1))
+    fit = headwater.fit(model, data, task, curvature=KFAC(fisher="exact"))
+    edit = CurvatureEdit(keep_mass=0.7).edit(fit)
+    edited = edit.applied(model)
+    assert torch.equal(edited[0].bias, conv.bias)
+    increase = [float(task.loss(m, data).mean().detach()) for m in (edited, model)]
+    assert increase[0] - increase[1] == pytest.approx(edit.rows[0]["predicted_increase"], rel=1e-9)
+    edit.apply(model)
+    edit.undo(model)
+    assert torch.equal(conv.weight, solution[:, :-1].view_as(conv.weight))
+
+
+def test_layers_of_fewer_sites_are_predicted_by_their_own_positions():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.Flatten(), nn.Linear(16, 3)
+    ).double()
+    data = (torch.randn(50, 1, 8, 8).double(), torch.randint(3, (50,)))
+    fit = headwater.fit(model, data, Classification(), curvature=KFAC(fisher="empirical"))
+    layers = {x.name: x for x in fit.followed}
+    sites = {name: positions_of(fit, x) / 50 for name, x in layers.items()}
+    assert sites == {"0": 36, "2": 4, "4": 1}
+    # K-FAC's eigenvalues are of the example's loss: as many positions times those of G and A
+    for name in layers:
+        mu, lam = (v.double() for v in fit.curvature.factor_eigenvalues[name])
+        expected = sites[name] * lam[:, None] * mu
+        torch.testing.assert_close(fit.curvature.eigenvalues[name].double(), expected)
+    whole = CurvatureEdit(keep_mass=1.0, ranking="corrected")
+    with pytest.raises(ValueError, match="fit with 'ekfac'"):
+        whole.edit(fit)
+    ekfac = headwater.fit(model, data, Classification(), curvature="ekfac")
+    assert all(float(d.abs().max()) < 1e-12 for d in whole.edit(ekfac).deltas.values())
+    assert CurvatureEdit(layers=("2",)).edit(fit).table()["layer"] == ["2"]
+
+
+def test_a_convolution_in_groups_is_refused_with_the_reason():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 3)).double()
+    data = (torch.randn(50, 2, 4, 4).double(), torch.randint(3, (50,)))
+    fit = headwater.fit(model, data, Classification(), curvature=KFAC(fisher="empirical"))
+    with pytest.raises(ValueError, match="'0' is a convolution of 2 groups, whose weight is no"):
+        CurvatureEdit(layers=("0",)).edit(fit)
+    assert CurvatureEdit().edit(fit).table()["layer"] == ["2"]
+
+
+def test_the_last_position_can_be_left_out_of_what_layers_read_as_in_the_paper():
+    from headwater.models.gpt import GPT
+
+    ids = torch.randint(9, (30, 6))
+    model = GPT(9, context=6, n_layers=1, dim=8, n_heads=2, tied=False).double()
+    read: list[torch.Tensor] = []
+    hook = model.blocks[0].up.register_forward_hook(lambda m, x, y: read.append(x[0].detach()))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    sums = None
+    for kept, last in ((6, True), (5, False)):
+        task = headwater.CausalLM(last_position=last)
+        fit = headwater.fit(model, (ids, ids), task, curvature=KFAC(fisher="empirical"))
+        rows = read[0][:, :kept].flatten(0, 1)
+        A = fit.curvature.activation_covariance("blocks.0.up")[:-1, :-1]
+        torch.testing.assert_close(A, rows.mT @ rows / len(rows))
+        layer = next(x for x in fit.followed if x.name == "blocks.0.up")
+        assert positions_of(fit, layer) == 30 * kept
+        # gradients at the last position are zero, so that their sum over positions is the same
+        G = fit.curvature.gradient_covariance("blocks.0.up") * 30 * kept
+        sums = G if sums is None else sums
+        torch.testing.assert_close(G, sums)
+        CurvatureEdit().edit(fit)
 
 
 # Variants

@@ -1,14 +1,19 @@
 """An audit as a page and in the terminal: nothing of the corpus gets out of its place."""
 
 import io
+import re
+from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 pytest.importorskip("jinja2")
 
+from headwater.audit import Findings, Section
 from headwater.report.audit import render_findings, show_findings, write_findings
-from tests.audit.test_base import findings
+from headwater.report.pictures import data_uri
+from tests.audit.test_base import findings, picture
 
 HOSTILE = "<script>alert(1)</script> \x1b[31m \u202e ☠"
 
@@ -40,3 +45,26 @@ def test_no_example_is_listed_where_none_is_asked_for():
     out = io.StringIO()
     show_findings(hostile(), Console(file=out, width=200), top=0)
     assert "plain" not in out.getvalue() and "Two are wrong." in out.getvalue()
+
+
+def test_pictures_are_inside_the_page_and_nothing_else_is_allowed():
+    plain = render_findings(hostile())
+    assert "img-src" not in plain and "<img" not in plain
+    page = render_findings(replace(hostile(), pictures={1: picture(), 2: picture()}))
+    assert "img-src data:;" in page and page.count("<img ") == 2
+    sources = re.findall(r'<img class="picture" src="([^"]*)"', page)
+    assert sources == [data_uri(picture())] * 2
+    assert 'width="64" height="48"' in page  # three rows of four pixels, sixteen times as large
+    assert "<script" not in page and "\x1b" not in page and "http:" not in page
+    assert 'alt="&lt;script&gt;' in page
+
+
+def test_a_page_of_many_large_pictures_stays_small():
+    n, side = 60, 64  # as large as an audit keeps them
+    noise = {i: torch.randint(256, (3, side, side), dtype=torch.uint8) for i in range(n)}
+    columns = {"label_score": torch.arange(n).double() / n}
+    section = Section(name="labels", title="Labels", sentences=("None.",), shown=tuple(range(n)))
+    ids = [str(i) for i in range(n)]
+    found = Findings(ids=ids, columns=columns, sections=(section,), pictures=noise)
+    page = render_findings(found)
+    assert page.count("<img ") == 50 and len(page) < 1_000_000  # noise cannot be compressed

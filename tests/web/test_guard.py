@@ -1,5 +1,6 @@
 """What is refused over HTTP: other hosts, pages and names, missing tokens, and bodies that are too large or odd."""
 
+import asyncio
 import json
 
 import pytest
@@ -7,22 +8,26 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
+from headwater.web.app import make_app
+from headwater.web.engine import Engine
 from headwater.web.guard import HEADERS, SMALL, Guard
-from tests.web_cases import OWN, PORT, TOKEN, completing, over_http, run_folder
+from headwater.web.jobs import Jobs
+from tests.web_cases import OWN, PORT, TOKEN, completing, run_folder, with_client
 
 BODY = (b"content-length", b"content-type", b"transfer-encoding")
 LISTED = ["/api/jobs", "/api/run", "/api/changes", "/api/nothing", "/api"]
 
 
-@pytest.fixture
-def run(tmp_path):
-    return run_folder(tmp_path / "run")
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    run = run_folder(tmp_path_factory.mktemp("guarded") / "run")
+    return make_app(run, Engine(run, Jobs(run / "jobs")), token=TOKEN, port=PORT)
 
 
-def ask(run, method: str, path: str, *, headers=OWN, **more):
-    """One request, with exactly these headers."""
+def ask(app, method: str, path: str, *, headers=OWN, **more):
+    """One request, with exactly these headers; jobs are put into the queue, but not begun."""
 
-    async def test(client, engine):
+    async def test(client):
         request = client.build_request(method, path, **more)
         given = {name.lower() for name, _ in _pairs(headers)}
         kept = [
@@ -31,7 +36,7 @@ def ask(run, method: str, path: str, *, headers=OWN, **more):
         request.headers = type(request.headers)([*kept, *_pairs(headers)])
         return await client.send(request)
 
-    return over_http(run, test)
+    return asyncio.run(with_client(app, test))
 
 
 def _pairs(headers):
@@ -41,19 +46,19 @@ def _pairs(headers):
 
 @pytest.mark.parametrize("path", LISTED)
 @pytest.mark.parametrize("token", [None, "", "wrong", TOKEN + "x", TOKEN[:-1]])
-def test_without_the_token_nothing_is_told(run, path, token):
+def test_without_the_token_nothing_is_told(app, path, token):
     headers = {"Host": OWN["Host"]} | ({} if token is None else {"X-Headwater-Token": token})
-    answer = ask(run, "GET", path, headers=headers)
+    answer = ask(app, "GET", path, headers=headers)
     assert answer.status_code == 401 and "token" in answer.json()["error"]
 
 
-def test_two_tokens_are_none(run):
-    answer = ask(run, "GET", "/api/jobs", headers=[*OWN.items(), ("X-Headwater-Token", TOKEN)])
+def test_two_tokens_are_none(app):
+    answer = ask(app, "GET", "/api/jobs", headers=[*OWN.items(), ("X-Headwater-Token", TOKEN)])
     assert answer.status_code == 401
 
 
-def test_a_token_in_the_address_is_none(run):
-    answer = ask(run, "GET", f"/api/jobs?token={TOKEN}", headers={"Host": OWN["Host"]})
+def test_a_token_in_the_address_is_none(app):
+    answer = ask(app, "GET", f"/api/jobs?token={TOKEN}", headers={"Host": OWN["Host"]})
     assert answer.status_code == 401
 
 
@@ -72,14 +77,14 @@ def test_a_token_in_the_address_is_none(run):
     ],
 )
 @pytest.mark.parametrize("path", ["/", "/api/jobs"])
-def test_another_host_is_refused_even_with_the_token(run, host, path):
+def test_another_host_is_refused_even_with_the_token(app, host, path):
     headers = {k: v for k, v in OWN.items() if k != "Host"}
-    answer = ask(run, "GET", path, headers=headers if host is None else headers | {"Host": host})
+    answer = ask(app, "GET", path, headers=headers if host is None else headers | {"Host": host})
     assert answer.status_code == 421 and "own address" in answer.json()["error"]
 
 
-def test_two_hosts_are_refused(run):
-    answer = ask(run, "GET", "/api/jobs", headers=[*OWN.items(), ("Host", OWN["Host"])])
+def test_two_hosts_are_refused(app):
+    answer = ask(app, "GET", "/api/jobs", headers=[*OWN.items(), ("Host", OWN["Host"])])
     assert answer.status_code == 400 and "headers host" in answer.json()["error"]
 
 
@@ -95,43 +100,43 @@ def test_two_hosts_are_refused(run):
     ],
 )
 @pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("POST", "/api/jobs")])
-def test_another_origin_is_refused_even_with_the_token(run, origin, method, path):
-    answer = ask(run, method, path, headers=OWN | {"Origin": origin}, json=completing("count"))
+def test_another_origin_is_refused_even_with_the_token(app, origin, method, path):
+    answer = ask(app, method, path, headers=OWN | {"Origin": origin}, json=completing("count"))
     assert answer.status_code == 403 and "other pages" in answer.json()["error"]
     assert "access-control-allow-origin" not in answer.headers
-    assert not list((run / "jobs").glob("*.json"))
+    assert ask(app, "GET", "/api/jobs").json() == []
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
-def test_a_request_that_another_site_made_the_browser_send_is_refused(run, site):
-    answer = ask(run, "GET", "/api/jobs", headers=OWN | {"Sec-Fetch-Site": site})
+def test_a_request_that_another_site_made_the_browser_send_is_refused(app, site):
+    answer = ask(app, "GET", "/api/jobs", headers=OWN | {"Sec-Fetch-Site": site})
     assert answer.status_code == 403
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST", "[::1]"])
-def test_its_own_names_are_answered(run, name):
+def test_its_own_names_are_answered(app, name):
     place = f"{name}:{PORT}"
     headers = {"X-Headwater-Token": TOKEN, "Host": place, "Origin": f"http://{place}"}
-    answer = ask(run, "GET", "/api/jobs", headers=headers | {"Sec-Fetch-Site": "same-origin"})
+    answer = ask(app, "GET", "/api/jobs", headers=headers | {"Sec-Fetch-Site": "same-origin"})
     assert answer.status_code == 200 and answer.json() == []
 
 
 @pytest.mark.parametrize("path", ["/", "/api/jobs", "/nothing"])
-def test_every_answer_keeps_the_page_to_itself(run, path):
-    headers = ask(run, "GET", path).headers
+def test_every_answer_keeps_the_page_to_itself(app, path):
+    headers = ask(app, "GET", path).headers
     assert all(headers[name] == value for name, value in HEADERS.items())
     assert headers["cache-control"] == ("no-store" if path.startswith("/api") else "no-cache")
     assert "server" not in headers
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json", "/api/docs"])
-def test_there_is_nothing_that_describes_the_interface(run, path):
-    assert ask(run, "GET", path).status_code == 404
+def test_there_is_nothing_that_describes_the_interface(app, path):
+    assert ask(app, "GET", path).status_code == 404
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("PUT", "/api/jobs"), ("TRACE", "/")])
-def test_other_methods_are_refused(run, method, path):
-    answer = ask(run, method, path)
+def test_other_methods_are_refused(app, method, path):
+    answer = ask(app, method, path)
     assert answer.status_code == 405 and set(answer.json()) == {"error"}
 
 
@@ -140,22 +145,22 @@ async def pieces(n: int, size: int):
         yield b" " * size
 
 
-def test_a_large_body_is_refused_before_it_is_read(run):
+def test_a_large_body_is_refused_before_it_is_read(app):
     headers = OWN | {"Content-Length": "999999999999"}
-    answer = ask(run, "POST", "/api/jobs", headers=headers, content=b"{}")
+    answer = ask(app, "POST", "/api/jobs", headers=headers, content=b"{}")
     assert answer.status_code == 413 and "bytes" in answer.json()["error"]
-    answer = ask(run, "POST", "/api/nothing", content=b" " * (SMALL + 1))
+    answer = ask(app, "POST", "/api/nothing", content=b" " * (SMALL + 1))
     assert answer.status_code == 413
 
 
-def test_a_large_body_in_pieces_without_a_length_is_refused(run):
-    answer = ask(run, "POST", "/api/nothing", content=pieces(5, SMALL // 4))
+def test_a_large_body_in_pieces_without_a_length_is_refused(app):
+    answer = ask(app, "POST", "/api/nothing", content=pieces(5, SMALL // 4))
     assert answer.status_code == 413
-    answer = ask(run, "PUT", "/api/changes", content=pieces(9, 1 << 20))
+    answer = ask(app, "PUT", "/api/changes", content=pieces(9, 1 << 20))
     assert answer.status_code == 413
 
 
-def test_reading_stops_once_a_body_is_too_large(run):
+def test_reading_stops_once_a_body_is_too_large(app):
     taken = []
 
     async def endless():
@@ -163,14 +168,14 @@ def test_reading_stops_once_a_body_is_too_large(run):
             taken.append(None)
             yield b" " * SMALL
 
-    assert ask(run, "POST", "/api/nothing", content=endless()).status_code == 413
+    assert ask(app, "POST", "/api/nothing", content=endless()).status_code == 413
     assert len(taken) < 10
 
 
-def test_only_a_change_set_may_be_long(run):
+def test_only_a_change_set_may_be_long(app):
     long = " " * (2 * SMALL)
     refused = ask(
-        run,
+        app,
         "POST",
         "/api/jobs",
         content=json.dumps(completing("count")) + long,
@@ -178,13 +183,11 @@ def test_only_a_change_set_may_be_long(run):
     )
     assert refused.status_code == 413
     changes = {"name": "x", "changes": [{"id": f"{i:0100}", "action": "keep"} for i in range(2000)]}
-    taken = ask(run, "PUT", "/api/changes", json=changes)
+    taken = ask(app, "PUT", "/api/changes", json=changes)
     assert taken.status_code == 200 and len(taken.json()["changes"]) == 2000
 
 
 def test_a_body_that_does_not_come_is_not_waited_for():
-    import asyncio
-
     async def never():
         await asyncio.sleep(60)
 
@@ -204,14 +207,12 @@ def test_a_body_that_does_not_come_is_not_waited_for():
     assert start["status"] == 400 and b"in time" in body["body"]
 
 
-def test_long_addresses_are_refused(run):
-    answer = ask(run, "GET", f"/api/jobs?x={'y' * 9000}")
+def test_long_addresses_are_refused(app):
+    answer = ask(app, "GET", f"/api/jobs?x={'y' * 9000}")
     assert answer.status_code == 400 and "address" in answer.json()["error"]
 
 
 def test_websockets_are_refused():
-    import asyncio
-
     async def whole():
         sent = []
 
@@ -249,23 +250,23 @@ def test_websockets_are_refused():
         ("[" * 20_000, "read"),
     ],
 )
-def test_bodies_that_ask_nothing_known_are_refused_in_one_sentence(run, body, problem):
+def test_bodies_that_ask_nothing_known_are_refused_in_one_sentence(app, body, problem):
     headers = OWN | {"Content-Type": "application/json"}
-    answer = ask(run, "POST", "/api/jobs", headers=headers, content=body)
+    answer = ask(app, "POST", "/api/jobs", headers=headers, content=body)
     assert answer.status_code == 400 and set(answer.json()) == {"error"}
     assert problem in answer.json()["error"] and "\n" not in answer.json()["error"]
     assert len(answer.json()["error"]) < 600
-    assert not list((run / "jobs").glob("*.json"))
+    assert ask(app, "GET", "/api/jobs").json() == []
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-def test_what_a_form_can_send_is_not_taken_for_json(run, kind):
+def test_what_a_form_can_send_is_not_taken_for_json(app, kind):
     headers = OWN | ({"Content-Type": kind} if kind else {})
-    answer = ask(run, "POST", "/api/jobs", headers=headers, content=json.dumps(completing("x")))
+    answer = ask(app, "POST", "/api/jobs", headers=headers, content=json.dumps(completing("x")))
     assert answer.status_code == 400 and "JSON" in answer.json()["error"]
 
 
-def test_unknown_jobs_are_not_found(run):
+def test_unknown_jobs_are_not_found(app):
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
-        answer = ask(run, method, f"/api/jobs/20260101-000000-000000-000000{path}")
+        answer = ask(app, method, f"/api/jobs/20260101-000000-000000-000000{path}")
         assert answer.status_code == 404 and "no such job" in answer.json()["error"]

@@ -427,7 +427,13 @@ def _facts(lost: LostTrace, **accumulators: SecondMoments | EigenvalueSums) -> d
         facts[f"{name}_relative_error"] = error if error != float("inf") else None
         facts[f"{name}_examples"] = float(torch.as_tensor(accumulator.n_examples).sum())
         if isinstance(accumulator, SecondMoments):
-            facts[f"{name}_positions"] = max(accumulator.counts.values(), default=0.0)
+            most = max(accumulator.counts.values(), default=0.0)
+            counts = {n[2:]: c for n, c in accumulator.counts.items() if n.startswith("G:")}
+            facts[f"{name}_positions"] = most
+            if fewer := {
+                n: c for n, c in counts.items() if c < most
+            }:  # convolutions of fewer sites
+                facts[f"{name}_layer_positions"] = fewer
     if lost.share is not None:
         facts["lost_trace"] = lost.share
     return facts

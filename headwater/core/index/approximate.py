@@ -74,7 +74,7 @@ class Approximate:
             made.train(stored.rows(chosen).numpy())
         else:
             raise ValueError(f"Expected a structure 'ivf' or 'hnsw'; got {structure!r}.")
-        for rows, index, first in blocks(stored, wanted):
+        for rows, index, first in blocks(stored, wanted, once=True):
             places = first + (torch.arange(len(rows)) if index is None else index)
             made.add_with_ids(rows.numpy(), places.numpy())
         recall = _recall(stored, made, sample) if sample else float("nan")

@@ -17,9 +17,7 @@ from headwater.core.scoring import Strongest
 
 Mode = Literal["dot", "cosine", "relatif"]
 Where = Mapping[str, Any]
-_BLOCK_BYTES = (
-    1 << 22
-)  # of decoded rows: they stay in the processor's cache until they are multiplied
+_BLOCK_BYTES = 1 << 22  # of float32 rows, which stay in the processor's cache meanwhile
 _SCORE_ROWS = 1 << 13
 _NEAR = 1 << 10  # rows held against all others at once
 
@@ -39,16 +37,21 @@ def divided(scores: Tensor, by: Tensor) -> Tensor:
 
 
 def blocks(
-    stored: StoredRows, wanted: Bool[Tensor, " row"] | None = None
+    stored: StoredRows, wanted: Bool[Tensor, " row"] | None = None, *, once: bool = False
 ) -> Iterator[tuple[Tensor, Tensor | None, int]]:
     """Decoded rows block by block: the rows, which of the block's they are (None for all), and its first position.
 
     The rows are good until the next block, which comes in the same memory.
+
+    Args:
+        stored: The index.
+        wanted: Rows to look at, all when left out.
+        once: Each row is read a single time, so that rows which lie ready need not fit the processor's cache.
     """
     plain = stored.encoding.in_place
     step = max(16, _BLOCK_BYTES // (4 * stored.encoding.dim))
-    if plain:
-        step = max(step, _SCORE_ROWS)  # nothing to decode: views will do
+    if plain and once:
+        step = max(step, _SCORE_ROWS)
     buffer = None if plain else torch.empty(step, stored.encoding.dim)
     total = sum(s.layout.size for s in stored.shards)
     resident = total < available_memory_bytes() // 4
@@ -80,7 +83,7 @@ def products(
     parts: list[Tensor] = []
     places: list[Tensor] = []
     held = 0
-    for rows, index, first in blocks(stored, wanted):
+    for rows, index, first in blocks(stored, wanted, once=len(queries) == 1):
         parts.append(_product(queries, rows))
         places.append(first + (torch.arange(len(rows)) if index is None else index))
         held += len(rows)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.core.evidence import Answer, Evidence, Influencer, SourceTotal, plain
+from headwater.core.evidence import Answer, Evidence, Influencer, Ranking, SourceTotal, plain
 from headwater.report import text
 
 EXCERPT, FULL = 420, 20_000  # characters of an example: on its card, and when opened
@@ -120,7 +120,7 @@ def _answer(answer: Answer, known: _Known) -> dict[str, Any]:
         known=known,
         scale=scale,
         heat=_heat_reference(i.token_scores for i in ranked),
-        query_heat=_heat_reference(getattr(i, "query_scores", ()) for i in ranked),
+        query_heat=_heat_reference(i.query_scores for i in ranked),
     )
     prompt = answer.prompt
     return {
@@ -145,7 +145,7 @@ def _answer(answer: Answer, known: _Known) -> dict[str, Any]:
         "source_column": text.shortened(answer.source_column or "source", NAME),
         "sources": _sources(answer.sources),
         "layers": _shares(answer.layers),
-        "modules": _shares(getattr(answer, "modules", {})),
+        "modules": _shares(answer.modules),
         "rankings": _rankings(answer, known),
     }
 
@@ -240,7 +240,7 @@ class _Shown:
         return every if len(every) > 1 else []
 
     def query_pieces(self, influencer: Influencer) -> list[dict[str, Any]]:
-        scores = tuple(getattr(influencer, "query_scores", ()))
+        scores = influencer.query_scores
         if not scores or len(scores) != len(self.answer.completion_tokens):
             return []
         tokens = self.answer.completion_tokens
@@ -356,7 +356,13 @@ def _shares(layers: Mapping[str, float]) -> list[dict[str, Any]]:
 
 def _rankings(answer: Answer, known: _Known) -> list[dict[str, Any]]:
     """The same question under other methods, each with the ids that the others list too."""
-    rankings: list[Any] = list(getattr(answer, "rankings", ()))
+    own = Ranking(
+        method="influence",
+        about="predicted change of the answer, from the gradients and the curvature",
+        unit="nats",
+        examples=answer.raised,
+    )
+    rankings = [own, *answer.rankings] if answer.rankings else []
     listed = {r.method: {x.example_id for x in r.examples} for r in rankings}
     return [
         {
@@ -371,7 +377,7 @@ def _rankings(answer: Answer, known: _Known) -> list[dict[str, Any]]:
 
 
 def _ranked(
-    influencer: Influencer, ranking: Any, answer: Answer, known: _Known, listed: dict[str, set]
+    influencer: Influencer, ranking: Ranking, answer: Answer, known: _Known, listed: dict[str, set]
 ) -> dict[str, Any]:
     digits = text.decimals(x.score for x in ranking.examples)
     source = text.source(influencer, answer.source_column)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from headwater.core.files import ArtifactMismatch
-from headwater.core.index import GradientIndex, LoGra, Whitened
+from headwater.core.index import GradientIndex, LoGra, Whitened, search
 from headwater.core.index.search import clusters
+from headwater.core.index.stored import StoredRows
 from headwater.numerics.ranks import spearman
 from headwater.trace import Indexed, Influence
 from tests.curvature_cases import shared
@@ -44,6 +45,21 @@ def test_the_scan_finds_what_the_whole_product_has(index, fitted, queries):
     place = index.positions_of(found.train_ids)
     torch.testing.assert_close(found.values, whole[:, place], rtol=1e-5, atol=1e-9)
     assert found.n_train == N and found.kept == index.numbers(place)
+
+
+@pytest.mark.parametrize("n_queries", [1, 5])
+def test_many_small_blocks_tell_what_one_tells(n_queries, index, fitted, queries, monkeypatch):
+    asked = queries.subset(range(n_queries))
+    at_once = index.attribute(fitted, asked, keep=7)
+    monkeypatch.setattr(search, "_BLOCK_BYTES", 1)  # blocks of 16 rows
+    monkeypatch.setattr(search, "_SCORE_ROWS", 50)
+    blocks = [
+        len(rows) for rows, *_ in search.blocks(StoredRows(index.folder), once=n_queries == 1)
+    ]
+    assert max(blocks) == (50 if n_queries == 1 else 16) and sum(blocks) == N
+    found = index.attribute(fitted, asked, keep=7)
+    assert found.kept == at_once.kept
+    torch.testing.assert_close(found.values, at_once.values, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
