@@ -1,4 +1,4 @@
-"""`headwater survey` on a tiny model: kept, found again, made again when the fit changes, and shown without the model."""
+"""`headwater survey` on a tiny model: kept, found again, and shown without the model."""
 
 import json
 from pathlib import Path
