@@ -1,7 +1,6 @@
 """Jobs on a tiny model, done by the process that does them for people, and killed in the middle."""
 
 import asyncio
-import json
 import os
 import shutil
 import signal
