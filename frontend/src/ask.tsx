@@ -74,7 +74,7 @@ function Form(props: { run: RunOverview }) {
   const trace = () => attempt(async () => {
     const job = await start({
       kind: "trace", prompt, completion, rather_than: rather.trim() ? rather : null, span: span && inCharacters(completion, span),
-      chat, source: source || null, top: Number(top), thorough: depth === "thorough", compare, where: [],
+      chat, source: source.trim() || null, top: Number(top), thorough: depth === "thorough", compare, where: [],
     });
     setTracing(job.id);
     turn(["ask"], { job: job.id });
@@ -125,9 +125,9 @@ function Form(props: { run: RunOverview }) {
               <span>Rather than</span>
               <input name="rather" dir="auto" value={rather} placeholder="optional: why this and not …" onInput={(event) => setRather(event.currentTarget.value)} />
             </label>
-            {props.run.columns.length > 0 && (
-              <Choice label="Totals by" value={source} onChange={setSource} options={[...props.run.columns.map((c) => [c, c] as const), ["", "nothing"]]} />
-            )}
+            {props.run.columns.length > 0
+              ? <Choice label="Totals by" value={source} onChange={setSource} options={[...props.run.columns.map((c) => [c, c] as const), ["", "nothing"]]} />
+              : <label class="field"><span>Totals by</span><input name="source" value={source} placeholder="a column, if any" onInput={(event) => setSource(event.currentTarget.value)} /></label>}
             <Choice label="Examples a side" value={top} onChange={setTop} options={[["8", "8"], ["16", "16"], ["32", "32"]]} />
             <fieldset class="depth">
               <legend>Look at</legend>

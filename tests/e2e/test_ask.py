@@ -85,6 +85,7 @@ def test_from_a_prompt_to_a_verified_change(visit, server, tuned):
     assert span in said
 
     # The trace of it, stage by stage.
+    page.get_by_label("Totals by").fill("topic")
     with page.expect_request(
         lambda r: r.method == "POST" and r.url.endswith("/api/jobs")
     ) as posted:
