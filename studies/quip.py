@@ -9,6 +9,7 @@ passes, each with and without incoherence:
   all is compared with those, made dense.
 - `gpt`: a small GPT trained here in float32 on the bytes of Wikipedia, three trainings.
 - `trace`: that GPT, traced before and after.
+- `layers`: single layers of SmolLM2: the input that the diagonal D spoils, and how many tokens the statistics need.
 - `spread`: what rounding to the grids costs single weights of SmolLM2, without any H.
 
 Every row is a file, so that a killed run goes on where it stopped:
@@ -40,7 +41,7 @@ from torch import Tensor
 import headwater
 from headwater.adapt import QuIP
 from headwater.adapt.base import chosen_layers
-from headwater.adapt.quip import Rounding
+from headwater.adapt.quip import Rescale, Rounding, round_weight
 from headwater.core.capture import plan_batches
 from headwater.core.curvature import EKFAC
 from headwater.core.examples import DatasetExamples, Examples
@@ -52,9 +53,9 @@ from headwater.models.language import load_language_model
 from headwater.numerics.incoherence import mu_weight, turn
 from headwater.numerics.ranks import spearman
 from headwater.numerics.resampling import mean_interval
-from headwater.numerics.rounding import quantize, row_grids, symmetric_grid
+from headwater.numerics.rounding import proxy_loss, quantize, row_grids, symmetric_grid
 
-Part = Literal["smollm", "gpt", "trace", "spread"]
+Part = Literal["smollm", "gpt", "trace", "layers", "spread"]
 TASK, POS = CausalLM(), 256
 STRETCHES = (
     64  # of POS tokens for calibration, of Wikipedia and of the Python reference each; --stretches
@@ -335,9 +336,76 @@ def spread_row(row: Row, folder: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def layers_rows() -> Iterator[Row]:
+    yield Row("layers spoilt")
+    yield Row("layers tokens")
+
+
+SPOILT = tuple(
+    f"model.layers.{i}.mlp.down_proj" for i in (11, 28, 2, 12)
+)  # the last an ordinary one
+HUNGRY = tuple(
+    f"model.layers.{name}"
+    for name in ("6.mlp.down_proj", "6.mlp.up_proj", "12.mlp.down_proj", "12.self_attn.o_proj")
+)
+
+
+def layers_row(row: Row, folder: Path) -> dict[str, Any]:
+    return {"rows": spoilt_layers() if row.part == "layers spoilt" else hungry_layers()}
+
+
+def moments_of(examples: Examples, names: tuple[str, ...]) -> dict[str, Tensor]:
+    plans = plan_batches(examples, batch_tokens=1024)
+    return input_moments(smollm()[0], TASK, examples, list(names), batches=plans)
+
+
+def stretches_of(examples: Examples, n: int, of: int) -> Examples:
+    """The first n stretches of each of the two sources, which have `of` each."""
+    return examples.subset([*range(n), *range(of, of + n)])
+
+
+def spoilt_layers() -> list[dict[str, Any]]:
+    """LDLQ at 4 bits with H of 8,192 tokens: turned with D, turned without, and not turned."""
+    model, calibration, _ = smollm()
+    H, rows = moments_of(stretches_of(calibration, 16, STRETCHES), SPOILT), []
+    for name in SPOILT:
+        W = model.get_submodule(name).weight.detach()
+        entry: dict[str, Any] = {"layer": name}
+        ways: dict[str, tuple[tuple[int, int] | None, Rescale]] = {
+            "with D": ((1, 2), "always"),
+            "without D": ((1, 2), "never"),
+            "not turned": (None, "never"),
+        }
+        for how, (seeds, rescale) in ways.items():
+            found = round_weight(W, H[name], bits=4, rounding="ldlq", seeds=seeds, rescale=rescale)
+            facts = found.facts
+            entry[how] = {k: facts[k] for k in ("mu_W_turned", "relative_proxy")}
+        rows.append(entry)
+    return rows
+
+
+def hungry_layers() -> list[dict[str, Any]]:
+    """Turned weights of 2 bits: the outputs' error on the tokens that H is of, and on 4,096 others."""
+    model, calibration, heldout = smollm()
+    others, rows = moments_of(heldout, HUNGRY), []
+    for n in (8, 24):
+        own = moments_of(stretches_of(calibration, n, STRETCHES), HUNGRY)
+        for name in HUNGRY:
+            W = model.get_submodule(name).weight.detach()
+            for rounding in ROUNDINGS:
+                found = round_weight(W, own[name], bits=2, rounding=rounding, seeds=(1, 2))
+                entry = {"layer": name, "tokens": 2 * n * POS, "rounding": rounding}
+                for label, moment in (("same", own[name]), ("others", others[name])):
+                    size = proxy_loss(torch.zeros_like(W), W, moment.to(W))
+                    entry[label] = proxy_loss(found.weight, W, moment.to(W)) / size
+                rows.append(entry)
+    return rows
+
+
 PARTS: dict[str, tuple[Callable[[], Iterator[Row]], Callable[[Row, Path], dict[str, Any]]]] = {
     "gpt": (gpt_rows, gpt_row),
     "trace": (trace_rows, trace_row),
+    "layers": (layers_rows, layers_row),
     "spread": (spread_rows, spread_row),
     "smollm": (smollm_rows, smollm_row),
 }
@@ -387,6 +455,33 @@ def told(values: list[float]) -> str:
     e = mean_interval(torch.tensor(values, dtype=torch.float64))
     low, high = (number(math.exp(x)) for x in (e.low, e.high))
     return f"{number(math.exp(e.value))} [{low}, {high}], {len(values)} seeds"
+
+
+def nats_table(folder: Path) -> None:
+    """Nats a byte that quantizing adds to the loss of each training, and the mean gain of incoherence."""
+    found = {row: kept for row in gpt_rows() if (kept := read(folder, row))}
+    mean = {row: sum(kept["nats"]) / len(kept["nats"]) for row, kept in found.items()}
+    before = {row.part: value for row, value in mean.items() if row.method is None}
+    if not before:
+        return
+    print(
+        f"\nAs it was, by training: {', '.join(f'{v:.4f}' for v in before.values())} nats a byte\n"
+    )
+    print("| bits | rounding | plain | incoherent | plain - incoherent |\n|---|---|---|---|---|")
+    for bits in (4, 3, 2):
+        for rounding in ROUNDINGS:
+            added: dict[bool, dict[str, float]] = {False: {}, True: {}}
+            for row, value in mean.items():
+                m = row.method
+                if m is not None and (m.bits, m.rounding) == (bits, rounding):
+                    added[m.incoherence][row.part] = value - before[row.part]
+            both = [p for p in added[False] if p in added[True]]
+            cells = [" · ".join(f"{v:.4f}" for v in added[how].values()) for how in (False, True)]
+            gain = [added[False][p] - added[True][p] for p in both]
+            if len(gain) > 1:
+                e = mean_interval(torch.tensor(gain, dtype=torch.float64))
+                cells.append(f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]")
+            print(f"| {bits} | {NAMES[rounding]} | {' | '.join(cells)} |")
 
 
 def number(x: float) -> str:
@@ -448,6 +543,27 @@ def spread_table(folder: Path) -> None:
         )
 
 
+def layers_tables(folder: Path) -> None:
+    kept = read(folder, Row("layers spoilt"))
+    if kept:
+        print("\n| layer, 4 bits, LDLQ | mu_W with D | error with D, % | without D | not turned |")
+        print("|---|---|---|---|---|")
+        for entry in kept["rows"]:
+            errors = [entry[how]["relative_proxy"] for how in ("with D", "without D", "not turned")]
+            cells = " | ".join(f"{100 * e:.2g}" for e in errors)
+            print(f"| {entry['layer']} | {entry['with D']['mu_W_turned']:.1f} | {cells} |")
+    kept = read(folder, Row("layers tokens"))
+    if kept:
+        print("\n| layer, 2 bits | rounding | H of 4,096 tokens: same / others | 12,288 |")
+        print("|---|---|---|---|")
+        by = {(e["layer"], e["rounding"], e["tokens"]): e for e in kept["rows"]}
+        for name in HUNGRY:
+            for rounding in ROUNDINGS:
+                some = (by[name, rounding, tokens] for tokens in (4096, 12288))
+                cells = [f"{100 * e['same']:.1f} / {100 * e['others']:.1f}" for e in some]
+                print(f"| {name} | {NAMES[rounding]} | {' | '.join(cells)} |")
+
+
 def main(
     folder: Path,
     only: tuple[Part, ...] = (),
@@ -492,8 +608,9 @@ def main(
         perplexity_table(folder, chosen)
     cost_table(folder)
     print("\n## GPT trained in float32")
-    perplexity_table(folder, list(gpt_rows()))
+    nats_table(folder)
     trace_table(folder)
+    layers_tables(folder)
     spread_table(folder)
 
 

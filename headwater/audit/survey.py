@@ -340,6 +340,7 @@ def _swept(
         "self_influence": "by the gradients of every example",
         "damping": vars(damping),
         "passes": str(Passes(backward=1)),
+        "n_passes": 1.0,
         "papers": ["arXiv:1703.04730", "arXiv:2308.03296"],
     }
     return own.finish() / n, losses.values, told

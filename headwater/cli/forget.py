@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -255,10 +254,9 @@ def _require_free(folder: Path | None, flag: str) -> None:
 
 def _write(language: "LanguageModel", out: Path) -> None:
     """A model folder that is whole once it is there."""
+    from headwater.core.replacing import whole_folder
     from headwater.models.language import quiet
 
-    partial = out.with_name(f".{out.name}.partial-{token_hex(4)}")
-    with quiet():
+    with whole_folder(out) as partial, quiet():
         language.model.save_pretrained(partial)  # type: ignore[operator]
         language.tokenizer.save_pretrained(partial)
-    os.replace(partial, out)

@@ -3,6 +3,7 @@
 import os
 import socket
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from headwater.core.files import FolderBusy
@@ -47,9 +48,10 @@ class LockFile:
         while not self._is_at_path(descriptor):  # its last holder removed it in between
             os.close(descriptor)
             descriptor = self._open(folder)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._descriptor = descriptor
+        with suppress(OSError):  # on a full disk the lock holds without a name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def release(self) -> None:
         if self._descriptor is not None:

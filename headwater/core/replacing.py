@@ -4,14 +4,26 @@ The new folder is written as a hidden sibling; the old one steps aside, the new 
 removed. Whoever comes next after a writer was killed in between puts things in order.
 """
 
+import errno
 import os
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
-from headwater.core.files import ArtifactError, ArtifactMismatch, FolderBusy, sibling, sync_folder
+from safetensors import SafetensorError
+
+from headwater.core.files import (
+    ArtifactError,
+    ArtifactMismatch,
+    FolderBusy,
+    disk_room,
+    sibling,
+    sync_folder,
+)
 from headwater.core.locks import LockFile
 from headwater.core.manifest import FILE_NAME, MANIFEST, read_manifest
 
@@ -43,6 +55,37 @@ def _discard(aside: Path) -> None:
         aside.rmdir()
     except OSError:
         warnings.warn(f"{aside} holds files that Headwater did not write; move them.", stacklevel=2)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to be filled, which takes its name when the block ends: it is there whole or not at all.
+
+    What a killed writer left of it is removed, and a full disk explained, whichever library met it.
+
+    Raises:
+        FolderBusy: Another process writes it.
+        OutOfDisk: The disk is full.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = LockFile(sibling(folder, "lock"))
+    lock.acquire(folder)
+    partial = sibling(folder, "partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        with disk_room(folder, 0):
+            partial.mkdir()
+            try:
+                yield partial
+            except SafetensorError as error:  # it says so in words alone
+                if "No space left" in str(error):
+                    raise OSError(errno.ENOSPC, "No space left on device") from error
+                raise
+        os.rename(partial, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # it has left this name where all went well
+        lock.release()
 
 
 def recover(folder: Path) -> None:

@@ -193,7 +193,23 @@ class CausalLM(_TokenTask):
     Batches are dictionaries with `input_ids`, `attention_mask` and `labels` (-100 where not scored), all
     (batch, pos), the labels not shifted: the task shifts them. A token after padding is not scored, as a
     first token is not, so that padding may stand on either side.
+
+    Args:
+        last_position: Whether the last position of a text, at which nothing is predicted, counts among what layers
+            read. Its gradients are zero either way; without it the activation covariance A of a K-FAC fit is a mean
+            over the positions that predict, as the paper of `headwater.forget.CurvatureEdit` has it.
     """
+
+    last_position: bool = True
+
+    def masks(self, batch: Any) -> dict[str, Bool[Tensor, "batch pos"]]:
+        found = super().masks(batch)
+        if self.last_position:
+            return found
+        labels = batch["labels"] if isinstance(batch, Mapping) else batch[-1]
+        mask = found.get("", torch.ones_like(labels, dtype=torch.bool))
+        later = mask.long().flip(1).cumsum(1).flip(1)  # real positions from here on
+        return {"": mask & (later > 1)}
 
     def predict(self, model: nn.Module, batch: Any) -> Categorical:
         logits, labels = _call(model, batch)

@@ -1,3 +1,4 @@
+import errno
 import threading
 from contextlib import suppress
 
@@ -42,4 +43,19 @@ def test_a_lock_file_removed_by_its_last_holder_is_not_trusted(tmp_path, monkeyp
     monkeypatch.setattr(locks, "_flock", last_holder_leaves)
     with FolderLock(tmp_path), pytest.raises(FolderBusy), FolderLock(tmp_path):
         pass
+    assert hidden(tmp_path) == []
+
+
+def test_a_lock_on_a_full_disk_holds_without_a_name_and_is_let_go(tmp_path, monkeypatch):
+    def full(descriptor, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(locks.os, "write", full)
+    for _ in range(2):  # the second finds that the first has let go
+        with (
+            FolderLock(tmp_path),
+            pytest.raises(FolderBusy, match="another process"),
+            FolderLock(tmp_path),
+        ):
+            pass
     assert hidden(tmp_path) == []

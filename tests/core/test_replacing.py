@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -6,11 +7,13 @@ import threading
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from headwater.core.files import ArtifactError, ArtifactMismatch, FolderBusy
+from headwater.core.files import ArtifactError, ArtifactMismatch, FolderBusy, OutOfDisk
 from headwater.core.locks import LockFile
+from headwater.core.replacing import whole_folder
 from headwater.core.store import Artifact, ArtifactWriter
-from tests.store_cases import value_of, write
+from tests.store_cases import hidden, value_of, write
 
 pytestmark = pytest.mark.thorough
 
@@ -312,3 +315,34 @@ def test_two_writers_of_one_artifact_are_refused(tmp_path):
             write(tmp_path / "a")
         write(tmp_path / "b")  # another folder is free
     assert Artifact.open(tmp_path / "a").tensor_names == ()
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    left = tmp_path / ".model.partial"
+    left.mkdir()
+    (left / "half").write_text("of a run that was killed")
+    with whole_folder(tmp_path / "model") as partial:
+        (partial / "weights").write_text("all")
+        assert not (tmp_path / "model").exists()
+        with pytest.raises(FolderBusy), whole_folder(tmp_path / "model"):
+            pass
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["weights"]
+    with pytest.raises(KeyError), whole_folder(tmp_path / "other") as partial:
+        (partial / "weights").write_text("half")
+        raise KeyError
+    assert hidden(tmp_path) == [] and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_explained_whoever_met_it(tmp_path, error):
+    with pytest.raises(OutOfDisk, match="Make room there"), whole_folder(tmp_path / "model"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SafetensorError, match="bad"), whole_folder(tmp_path / "model"):
+        raise SafetensorError("bad header")

@@ -82,6 +82,16 @@ def test_a_masked_language_model_is_scored_where_tokens_are_masked():
     torch.testing.assert_close(MaskedLM().loss(model, batch), each.view(3, 5).sum(1))
 
 
+def test_the_last_position_of_each_text_can_be_left_out_on_either_side_of_its_padding():
+    task = CausalLM(last_position=False)
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
+    batch = {"labels": torch.zeros(3, 4, dtype=torch.long), "attention_mask": mask}
+    expected = [[True, True, False, False], [False, False, True, False], [True, True, True, False]]
+    assert task.masks(batch)[""].tolist() == expected
+    del batch["attention_mask"]
+    assert task.masks(batch)[""].tolist() == [[True, True, True, False]] * 3
+
+
 def test_masks_of_a_decoder_reach_to_its_last_scored_label():
     labels = torch.tensor([[4, IGNORE, 2, IGNORE], [1, IGNORE, IGNORE, IGNORE]])
     source = torch.tensor([[1, 1, 0], [1, 0, 0]])

@@ -213,6 +213,32 @@ def test_a_convolution_in_groups_is_refused_with_the_reason():
     assert CurvatureEdit().edit(fit).table()["layer"] == ["2"]
 
 
+def test_the_last_position_can_be_left_out_of_what_layers_read_as_in_the_paper():
+    from headwater.models.gpt import GPT
+
+    ids = torch.randint(9, (30, 6))
+    model = GPT(9, context=6, n_layers=1, dim=8, n_heads=2, tied=False).double()
+    read: list[torch.Tensor] = []
+    hook = model.blocks[0].up.register_forward_hook(lambda m, x, y: read.append(x[0].detach()))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    sums = None
+    for kept, last in ((6, True), (5, False)):
+        task = headwater.CausalLM(last_position=last)
+        fit = headwater.fit(model, (ids, ids), task, curvature=KFAC(fisher="empirical"))
+        rows = read[0][:, :kept].flatten(0, 1)
+        A = fit.curvature.activation_covariance("blocks.0.up")[:-1, :-1]
+        torch.testing.assert_close(A, rows.mT @ rows / len(rows))
+        layer = next(x for x in fit.followed if x.name == "blocks.0.up")
+        assert positions_of(fit, layer) == 30 * kept
+        # gradients at the last position are zero, so that their sum over positions is the same
+        G = fit.curvature.gradient_covariance("blocks.0.up") * 30 * kept
+        sums = G if sums is None else sums
+        torch.testing.assert_close(G, sums)
+        CurvatureEdit().edit(fit)
+
+
 # Variants
 
 

@@ -329,11 +329,11 @@ def _fit(run: Path) -> Artifact | None:
 
 
 def _n_train(run: Path, fit: Artifact | None) -> int | None:
-    if fit is not None and "n_train" in fit.facts:
-        return int(fit.facts["n_train"])
     known = corpus.n_train(run)
     if known is not None:
         return known
+    if fit is not None and "n_train" in fit.facts:
+        return int(fit.facts["n_train"])
     told = [facts.get("n_train") for facts in map(_trace_facts, trace_folders(run).values())]
     if any(told):
         return max(int(n) for n in told if n)
@@ -384,7 +384,8 @@ def _costs(run: Path, record: Mapping[str, Any], fit: Artifact | None) -> list[d
         rows.append(_cost(f"trace {name}", spent, unit, passes))
     known = corpus.facts(run)
     if known is not None:
-        rows.append(_cost("survey", known.get("seconds"), unit, told=str(known.get("passes", ""))))
+        passes, told = known.get("n_passes"), str(known.get("passes", ""))
+        rows.append(_cost("survey", known.get("seconds"), None, passes, "" if passes else told))
     for name, path in _verifications(run).items():
         runs = Verification.load(path).facts.get("runs")
         told = "" if runs is None else f"{runs} trainings"
@@ -401,7 +402,7 @@ def _cost(name: str, seconds: Any, unit: Any, passes: Any = None, told: str = ""
         passes = seconds / unit
     parts = [told] if told else []
     if passes is not None:
-        parts.append(f"{passes:.3g} passes over the data")
+        parts.append(f"{passes:.3g} pass{'es' * (passes != 1)} over the data")
     if seconds is not None:
         parts.append(text.duration(seconds))
     return {
