@@ -104,6 +104,7 @@ function Form(props: { run: RunOverview }) {
             <textarea name="completion" rows={3} dir="auto" value={completion} onInput={(event) => { setCompletion(event.currentTarget.value); choose(null); }} />
           </label>
         )}
+        {busy && <JobView job={streaming.job} />}
         {text && !writing && (
           <div class="chosen-text">
             <blockquote class="asked" dir="auto">
