@@ -29,13 +29,16 @@ function Elsewhere() {
   );
 }
 
+/** Columns whose values name single examples: totals by them say nothing. */
+const NAMING = /^(title|name|headline|subject|id|url)$/i;
+
 function Form(props: { run: RunOverview }) {
   const [prompt, setPrompt] = useState("");
   const [completion, setCompletion] = useState("");
   const [writing, write] = useState(false);
   const [chosen, choose] = useState<Chosen>(null);
   const [rather, setRather] = useState("");
-  const [source, setSource] = useState(props.run.columns[0] ?? "");
+  const [source, setSource] = useState(props.run.columns.find((c) => !NAMING.test(c)) ?? "");
   const [depth, setDepth] = useState<"quick" | "thorough">(props.run.has.index ? "quick" : "thorough");
   const [top, setTop] = useState<"8" | "16" | "32">("8");
   const [compare, setCompare] = useState(true);
