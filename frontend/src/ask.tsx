@@ -1,4 +1,4 @@
-import { useCallback, useEffect, useState } from "preact/hooks";
+import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 import { AnswerView } from "./answer";
 import { Guide } from "./evidence";
 import { JobView } from "./jobs";
@@ -164,10 +164,12 @@ function Tracing(props: { id: string }) {
       await readRun();
     });
   }, [name]);
+  const section = useRef<HTMLElement>(null);
+  useEffect(() => section.current?.scrollIntoView({ block: "nearest" }), []);
   if (!followed) return null;
   const answers = trace?.answers ?? followed.answers;
   return (
-    <section class="tracing" aria-label="The trace">
+    <section class="tracing" aria-label="The trace" ref={section}>
       <JobView job={followed.job} />
       {timeline && <p><a class="button" href={address(["timeline", timeline])}>See when it was learnt</a></p>}
       {answers.length > 0 && (

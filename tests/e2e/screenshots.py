@@ -112,7 +112,7 @@ def _troubles(take: Camera) -> None:
 
 
 def _ask(take: Camera, prompt: str) -> None:
-    page = take.open("ask")
+    page = take.open("ask", viewport={"width": 1280, "height": 1060})
     page.get_by_role("textbox", name="Prompt").fill(prompt)
     page.get_by_role("button", name="Complete", exact=True).click()
     page.locator(".streaming").wait_for(timeout=SLOW)
