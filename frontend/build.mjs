@@ -27,7 +27,7 @@ await build({
   target: ["es2022"],
   jsx: "automatic",
   jsxImportSource: "preact",
-  charset: "utf8",
+  charset: "ascii",
   legalComments: "none",
   banner: { js: banner },
   define: { "process.env.NODE_ENV": '"production"' },

@@ -94,6 +94,7 @@ def survey(n: int = 48) -> Survey:
             "self_influence": "by the gradients of every example",
             "duplicates": "equal texts",
             "passes": "1 with gradients",
+            "n_passes": 1.0,
             "seconds": 38.5,
             "made_from": {},
         },

@@ -76,12 +76,40 @@ def run_folder(folder: Path) -> Path:
     return folder
 
 
+def tuned_run(folder: Path) -> Path:
+    """A run folder of a tiny model that was fine-tuned here, with checkpoints, held-out examples and a trace."""
+    from headwater.cli import main
+    from tests.language_cases import WORDS, saved
+
+    saved(folder / "model")
+    for name, n, shift in (("train", 12, 0), ("heldout", 5, 3)):
+        lines = [
+            {
+                "id": f"{name[0]}{i}",
+                "text": " ".join(WORDS[(shift + i * k) % len(WORDS)] for k in range(1, 5 + i % 4)),
+                "topic": ["rivers", "hills"][i % 2],
+            }
+            for i in range(n)
+        ]
+        text = "\n".join(map(json.dumps, lines))
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    train, run = str(folder / "train.jsonl"), str(folder / "run")
+    words = ["--lora-rank", "2", "--epochs", "6", "--lr", "0.02", "--batch-tokens", "16"]
+    adapted = str(folder / "adapted")
+    assert main(["finetune", str(folder / "model"), train, "--out", adapted, *words]) == 0
+    held = ["--heldout", str(folder / "heldout.jsonl")]
+    assert main(["fit", adapted, train, "--out", run, "--curvature", "ekfac", *held]) == 0
+    assert main(["trace", run, "--prompt", "a lake", "--completion", " by the", "--top", "12"]) == 0
+    return folder / "run"
+
+
 @contextlib.asynccontextmanager
 async def served(
     run: Path, *, static: Path | None = None, patience: float = 15.0, command: Any = None
 ) -> AsyncIterator[tuple[httpx.AsyncClient, Engine]]:
-    """A client of the application over a run folder, with its engine started."""
+    """A client of the application over a run folder, with its engine started; "the real one" does compute."""
     command = command or (sys.executable, "-c", OBEYS)
+    command = None if command == "the real one" else command
     engine = Engine(run, Jobs(run / "jobs"), command=command, patience=patience)
     options = {} if static is None else {"static": static}
     app = make_app(run, engine, token=TOKEN, port=PORT, **options)
@@ -104,14 +132,14 @@ async def with_client(app: Any, test: Callable[[httpx.AsyncClient], Any]) -> Any
         return await test(client)
 
 
-def over_http(run: Path, test: Callable[..., Any], **options: Any) -> Any:
-    """Run an asynchronous test with a client and an engine."""
+def over_http(run: Path, test: Callable[..., Any], *, seconds: float = 60.0, **options: Any) -> Any:
+    """Run an asynchronous test with a client and an engine, and give up after so many seconds."""
 
     async def whole() -> Any:
         async with served(run, **options) as (client, engine):
             return await test(client, engine)
 
-    return asyncio.run(asyncio.wait_for(whole(), 60))
+    return asyncio.run(asyncio.wait_for(whole(), seconds))
 
 
 async def until(holds: Callable[[], Any], seconds: float = 20.0) -> Any:

@@ -48,6 +48,7 @@ export async function attempt(what: () => Promise<void>): Promise<void> {
   try {
     await what();
   } catch (error) {
+    if (error instanceof Failure && error.status === 0) return; // that the server is lost is told already
     trouble.value = error instanceof Error ? error.message : String(error);
   }
 }

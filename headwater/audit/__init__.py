@@ -59,6 +59,7 @@ from headwater.audit.subject import (
     Subject,
     outlook,
 )
+from headwater.audit.survey import Survey
 
 __all__ = [
     "AUM",
@@ -88,6 +89,7 @@ __all__ = [
     "SelfInfluence",
     "Spectrum",
     "Subject",
+    "Survey",
     "Table",
     "Variability",
     "Verified",

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from headwater.core.display import Shown
 from headwater.core.files import write_bytes
 from headwater.core.fit import Fit
 from headwater.core.scores import from_table, to_table
@@ -114,7 +115,7 @@ class Section:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Findings:
+class Findings(Shown):
     """What an audit found: columns with one value for each training example, and sections that tell of them.
 
     Args:

@@ -94,9 +94,11 @@ def run(words: list[str]) -> int:
         )
     record, place = to_json(command) | {"json": False}, command.out / FINETUNE
     del record["checkpoints"]  # they change nothing, and trajectory.json lists them
-    if changes is not None:  # a copy that stays as it was
-        changes.save(command.out / CHANGES)
-        record["changes"] = str((command.out / CHANGES).resolve())
+    if changes is not None:
+        kept = command.out / CHANGES  # a copy that stays as it was
+        if not kept.is_file() or ChangeSet.load(kept) != changes:
+            changes.save(kept)
+        record["changes"] = str(kept.resolve())
     if not place.is_file() or read_json(place) != record:  # traces ask whether the folder changed
         write_json(place, record)  # so that the run can be repeated
     losses = done.trajectory.losses

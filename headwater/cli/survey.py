@@ -1,13 +1,12 @@
 """`headwater survey`: look at every training example once, and keep what there is to see."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from headwater.cli.common import Session, emit_json, progress_bar, run_session, say
+from headwater.cli.common import Opened, emit_json, progress_bar, run_session, say
 from headwater.cli.flags import parse
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def survey(
     *,
     source: str | None = None,
     quiet: bool = False,
-    opened: tuple[Session, dict[str, Any]] | None = None,
+    opened: Opened | None = None,
     progress: "Progress | None" = None,
 ) -> "Result":
     """The survey of a run, kept in its folder; a finished one of the same fit and index is read.
@@ -95,8 +94,7 @@ def survey(
     fitted = load(run / "fit", session.language.model, session.train, CausalLM())
     index = GradientIndex(run / FOLDER) if (run / FOLDER).is_dir() else None
     unfinished = run / f".{CORPUS}.unfinished"
-    bar = progress_bar(quiet=quiet) if progress is None else nullcontext(progress)
-    with FolderLock(unfinished), bar as heard:
+    with FolderLock(unfinished), progress_bar(quiet=quiet, to=progress) as heard:
         checkpoint = Checkpoint(unfinished / question[:16])
         found = look(fitted, index=index, source=source, checkpoint=checkpoint, progress=heard)
         found = replace(found, facts=found.facts | {"question": question})

@@ -20,6 +20,18 @@ def title_of(example_id: str, metadata: Mapping[str, Any]) -> str:
     return next((str(value) for value in found if value not in (None, "")), example_id)
 
 
+def plain_text(text: str, width: int) -> str:
+    r"""The text on one line, cut to a width; what is not to be printed is escaped.
+
+    Example:
+        >>> plain_text("a\nb\x1b c", 20), plain_text("abcdef", 4)
+        ('a b\\x1b c', 'abc…')
+    """
+    text = text[: 4 * width]
+    line = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
+    return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
 class Shown:
     """A result that shows the cards of the evidence page in a notebook, where jinja2 is installed."""
 

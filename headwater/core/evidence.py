@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from headwater.core.display import Shown, plain_text, title_of
 from headwater.core.store import Artifact, ArtifactWriter
 from headwater.extras import require
 
@@ -165,7 +166,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
+class Evidence(Shown):
     """What a trace found for each of its queries, and the facts of how it was found.
 
     Args:
@@ -217,6 +218,39 @@ class Evidence:
         ]
         columns = dict.fromkeys([*_COLUMNS, *(name for row in rows for name in row)])
         return pandas.DataFrame(rows, columns=list(columns))
+
+    def plot(self, answer: int = 0, *, top: int = 8):
+        """A bar for each of the strongest examples of an answer, with intervals and the range of noise.
+
+        Needs the extra `plots`.
+
+        Args:
+            answer: Number of the answer.
+            top: How many examples of each side.
+        """
+        pyplot = require("matplotlib.pyplot", extra="plots")
+        asked = self.answers[answer]
+        chosen = [*asked.raised[:top], *reversed(asked.lowered[:top])]
+        figure, axes = pyplot.subplots(figsize=(7, 0.3 * len(chosen) + 1.2), layout="constrained")
+        if asked.null_scale is not None:
+            reach = 1.96 * asked.null_scale
+            axes.axvspan(-reach, reach, color="0.9", label="95 % of held-out examples")
+        colors = ["tab:blue" if i.score > 0 else "tab:orange" for i in chosen]
+        axes.barh(range(len(chosen)), [i.score for i in chosen], color=colors)
+        for row, i in enumerate(chosen):
+            if i.low is not None and i.high is not None:
+                axes.plot([i.low, i.high], [row, row], color="black", linewidth=1.2)
+        names = [plain_text(title_of(i.example_id, i.metadata), 32) for i in chosen]
+        axes.set_yticks(range(len(chosen)), names, parse_math=False)
+        axes.invert_yaxis()
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_xlabel(plain_text(f"change of {asked.measurement} (nats)", 90), parse_math=False)
+        title = f"{asked.prompt[-60:]} → {asked.completion}"
+        axes.set_title(plain_text(title, 100), loc="left", fontsize="small", parse_math=False)
+        if asked.null_scale is not None:
+            axes.legend(frameon=False, fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
+        return figure
 
     def __repr__(self) -> str:
         n_train = max((answer.n_train for answer in self.answers), default=0)

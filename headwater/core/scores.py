@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headwater.core.display import Shown
 from headwater.core.store import Artifact, ArtifactWriter
 from headwater.extras import require
 
@@ -39,7 +40,7 @@ class GroupTotals:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Scores:
+class Scores(Shown):
     """Predicted change of each query's measurement when a training example is added once more.
 
     The columns are all training examples, or those that are among the strongest of any query (`kept`): then the

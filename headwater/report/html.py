@@ -55,7 +55,18 @@ def render(evidence: Evidence) -> str:
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A template filled in, every value escaped and made visible."""
+    """A template filled in, every value escaped and made visible; `css` is a style sheet of ours."""
+    if "css" in values:
+        values["css"] = require("markupsafe", extra="report").Markup(values["css"])
+    return _environment().get_template(template).render(**values)
+
+
+def stylesheet(template: str) -> str:
+    """A style sheet of the pages."""
+    return _environment().get_template(template).render()
+
+
+def _environment() -> Any:
     jinja2 = require("jinja2", extra="report")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -66,7 +77,7 @@ def render_page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["sha256"] = _sha256
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def _finalize(value: Any) -> Any:

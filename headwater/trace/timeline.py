@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.capture import Progress
+from headwater.core.display import Shown
 from headwater.core.examples import Examples, as_examples
 from headwater.core.fit import Fit
 from headwater.core.prediction import IGNORE
@@ -39,7 +40,7 @@ _LEGEND = ("raised it", "lowered it", "net", "training loss (right)")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Timeline:
+class Timeline(Shown):
     """What each segment of training did to each query, example by example.
 
     Attributes:

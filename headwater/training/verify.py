@@ -18,8 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headwater.core.display import Shown, plain_text
 from headwater.core.files import read_json, write_json
 from headwater.core.scores import Scores
+from headwater.extras import require
 from headwater.numerics.resampling import mean_interval
 from headwater.training.changes import ChangeSet
 from headwater.training.retraining import AS_IT_WAS, Change, Progress, Retrain, retrain_all
@@ -107,7 +109,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verification:
+class Verification(Shown):
     """Predicted and actual changes, query by query.
 
     Args:
@@ -151,6 +153,31 @@ class Verification:
         content = read_json(Path(path))
         outcomes = tuple(Outcome(**each) for each in content.pop("outcomes"))
         return cls(outcomes=outcomes, **content)
+
+    def plot(self):
+        """Predicted against actual changes, the random control in grey; needs the extra `plots`."""
+        pyplot = require("matplotlib.pyplot", extra="plots")
+        figure, axes = pyplot.subplots(figsize=(5, 4.6), layout="constrained")
+        for control, color, label in ((True, "0.6", "at random"), (False, "tab:blue", "named")):
+            some = [o for o in self.outcomes if o.control == control]
+            guess, actual = [o.predicted for o in some], [o.actual for o in some]
+            axes.scatter(guess, actual, color=color, label=label, zorder=3)
+            for o in some:
+                if o.low is not None and o.high is not None:
+                    axes.plot([o.predicted] * 2, [o.low, o.high], color=color, linewidth=1.2)
+        known = [v for o in self.outcomes for v in (o.predicted, o.actual) if v == v]
+        if known:
+            ends = [min(known), max(known)]
+            axes.plot(ends, ends, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axhline(0, color="0.8", linewidth=0.6)
+        axes.axvline(0, color="0.8", linewidth=0.6)
+        axes.set_xlabel(
+            plain_text(f"predicted change of {self.measurement} (nats)", 90), parse_math=False
+        )
+        axes.set_ylabel(f"actual change, {self.protocol}")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        return figure
 
     def __repr__(self) -> str:
         lines = [f"Verification of {self.measurement}, {self.protocol} (predicted → actual)"]

@@ -31,7 +31,6 @@ FLAGS = [
     "--disable-sync",
 ]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-SECONDS = 120.0
 
 
 def chromium() -> str | None:
@@ -88,6 +87,14 @@ def serving(run: Path) -> Iterator[Place]:
         server.wait(20)
 
 
+def settle(page: Any) -> None:
+    """Wait until what was loading is there."""
+    from playwright.sync_api import expect
+
+    page.locator("main h1").wait_for()
+    expect(page.locator(".skeleton")).to_have_count(0)
+
+
 @dataclass
 class Watch:
     """What a page did that it should not: asked another place, complained, opened a dialog."""
@@ -140,10 +147,10 @@ def visit(browser):
         watch.over(shown)
         opened.append((context, watch, expected))
         shown.goto(place.address)
-        shown.locator("main h1").wait_for()
+        settle(shown)
         if page:
             shown.goto(place.at(page))
-            shown.locator("main h1").wait_for()
+            settle(shown)
         return shown
 
     yield visit

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("playwright", reason="needs Playwright: pip install -e '.[dev]'")
+
+from playwright.sync_api import expect
+
 from headwater.training.changes import ChangeSet
+from tests.e2e.conftest import settle
 
 pytestmark = pytest.mark.thorough
 PAGES = ("ask", "evidence", "verify", "corpus", "run", "timeline")
@@ -40,18 +45,18 @@ def test_examples_are_filtered_by_text_side_and_source(visit, place):
     title = cards.nth(1).locator("h4").inner_text()
     page.keyboard.press("/")
     page.keyboard.type(title.lower())
-    page.wait_for_function("n => document.querySelectorAll('.card').length < n", arg=every)
+    expect(cards).not_to_have_count(every)
     assert title in cards.locator("h4").all_inner_texts()
     assert f"of {every} examples" in told.inner_text()
     page.get_by_role("button", name="show all").click()
     assert cards.count() == every
-    page.get_by_label("Side").select_option("lowered")
+    page.get_by_role("combobox", name="Side").select_option("lowered")
     assert page.locator("section.raised").count() == 0 < cards.count() < every
-    page.get_by_label("Side").select_option("both")
+    page.get_by_role("combobox", name="Side").select_option("both")
     source = page.locator(".card .chip").first.inner_text()
     page.locator(".filters select").nth(1).select_option(source)
     assert set(page.locator(".card .chips .chip:first-child").all_inner_texts()) == {source}
-    page.get_by_label("Text").fill("nothing holds this")
+    page.get_by_role("searchbox", name="Text").fill("nothing holds this")
     assert cards.count() == 0
     assert page.get_by_text("No example passes the filter.").count() == 2
 
@@ -78,7 +83,8 @@ def test_an_example_is_found_and_opened_by_keys_alone(visit, place):
 
 def test_every_control_shows_its_focus_and_the_content_can_be_skipped_to(visit, place):
     page = visit(place, "evidence/lava")
-    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    page.reload()
+    settle(page)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     page.keyboard.press("Enter")
@@ -129,7 +135,7 @@ def test_marks_are_collected_undone_and_exported(visit, place, tmp_path):
     assert drawer.locator(".changes li").count() == 4
     drawer.get_by_role("button", name="Undo").click()
     assert drawer.locator(".changes li").count() == 3
-    drawer.get_by_label("Name").fill("less lava")
+    drawer.get_by_role("textbox", name="Name").fill("less lava")
     with page.expect_download() as found:
         drawer.get_by_role("button", name="Export").click()
     assert found.value.suggested_filename == "less-lava.json"
@@ -149,23 +155,21 @@ def test_the_training_data_are_searched_sorted_and_opened(visit, place):
     rows = page.locator(".list-inner [data-row]")
     rows.first.wait_for()
     told = page.locator(".all [role=status]")
-    assert told.inner_text() == "48 examples"
-    page.get_by_label("Sort by").select_option("self_influence")
-    page.wait_for_function("document.querySelector('[data-row]')?.dataset.row === '5'")
+    expect(told).to_have_text("48 examples")
+    page.get_by_role("combobox", name="Sort by").select_option("self_influence")
+    expect(rows.first).to_have_attribute("data-row", "5")
     assert rows.first.get_by_text("outlier").is_visible()
-    page.get_by_label("Search").fill("kepler")
-    page.wait_for_function(
-        "!document.querySelector('.all [role=status]').textContent.startsWith('48')"
-    )
+    page.get_by_role("searchbox", name="Search").fill("kepler")
+    expect(told).not_to_have_text("48 examples")
+    expect(told).to_have_text(re.compile("[0-9]+ examples?"))
+    rows.first.wait_for()
     found = rows.first.locator(".what").inner_text()
     assert "kepler" in found.lower()
     rows.first.locator(".what button").click()
     page.get_by_role("dialog").locator(".full").wait_for()
     page.keyboard.press("Escape")
-    page.get_by_label("Search").fill("")
-    page.wait_for_function(
-        "document.querySelector('.all [role=status]').textContent === '48 examples'"
-    )
+    page.get_by_role("searchbox", name="Search").fill("")
+    expect(told).to_have_text("48 examples")
     body = page.locator(".list-body")
     body.focus()
     page.keyboard.press("End")
@@ -194,7 +198,7 @@ def test_the_run_tells_its_spectrum_coverage_and_costs(visit, place):
     assert page.locator("path.spectrum").count() == 2
     assert page.locator(".coverage tbody tr").count() == 3
     assert page.locator(".costs tbody tr").count() > 1
-    page.get_by_label("Layer").select_option(index=1)
+    page.get_by_role("combobox", name="Layer").select_option(index=1)
     assert page.locator("path.spectrum.picked").count() == 1
     page.get_by_role("link", name="timeline").click()
     page.get_by_role("heading", name="When it was learnt").wait_for()
@@ -205,10 +209,10 @@ def test_the_run_tells_its_spectrum_coverage_and_costs(visit, place):
 def test_what_needs_a_server_is_said_where_there_is_none(visit, place):
     page = visit(place, "ask")
     if place.live:
-        assert page.get_by_label("Prompt").is_visible()
+        assert page.get_by_role("textbox", name="Prompt").is_visible()
     else:
         assert page.get_by_text("headwater serve RUN").is_visible()
-        assert page.get_by_label("Prompt").count() == 0
+        assert page.get_by_role("textbox", name="Prompt").count() == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -216,8 +220,7 @@ def test_nothing_is_wider_than_a_phone(visit, place, scheme):
     page = visit(place, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     for name in PAGES:
         page.goto(place.at(name))
-        page.wait_for_timeout(150)
-        page.locator("main h1").wait_for()
+        settle(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, name
     page.goto(place.at("evidence/lava"))
     page.locator(".card").first.wait_for()
@@ -249,8 +252,7 @@ def test_axe_finds_nothing_to_object_to(visit, place, scheme):
     page = visit(place, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce")
     for name in PAGES:
         page.goto(place.at(name))
-        page.wait_for_timeout(300)
-        page.locator("main h1").wait_for()
+        settle(page)
         page.evaluate(AXE.read_text(encoding="utf-8"))
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
         assert not [(name, v["id"], v["nodes"][0]["html"][:200]) for v in found]

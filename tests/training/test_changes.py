@@ -61,6 +61,58 @@ def test_a_plan_is_the_changes_the_same_left_out_and_a_control_of_others():
     assert len(ChangeSet(remove=("e1",)).planned(IDS)) == 2
 
 
+def test_weights_are_predicted_exactly_where_outcomes_are_linear():
+    changes = ChangeSet(remove=("e1",), weights={"e4": 2.0, "e7": 0.25})
+    planned = changes.planned(IDS)
+    found = verify(Additive(), scores(effects(0), IDS), planned)
+    assert len(planned) == 2 and len(found.outcomes) == 2 * Q
+    values = effects(0)
+    moved = -values[:, 1] + values[:, 4] - 0.75 * values[:, 7]
+    for q, outcome in enumerate(found.outcomes[:Q]):
+        assert outcome.actual == pytest.approx(float(moved[q]), abs=1e-6)
+        assert outcome.predicted == pytest.approx(float(moved[q]), abs=1e-6)
+
+
+def test_the_control_of_a_change_set_with_weights_does_the_same_to_others():
+    changes = ChangeSet(name="c", remove=("e1",), relabel={"e3": 1}, weights={"e4": 2.0, "e7": 0.5})
+    first, without, control = changes.planned(IDS)
+    assert first.name == "without 1, 1 relabelled, 2 weighted (c)"
+    assert first.weights == {1: 0.0, 4: 2.0, 7: 0.5} and first.labels == {3: 1}
+    assert without.weights == {1: 0.0, 3: 0.0, 4: 2.0, 7: 0.5}
+    assert sorted(control.weights.values()) == [0.0, 0.0, 0.5, 2.0] and control.control
+    assert not {1, 3, 4, 7} & set(control.weights)
+    assert control.name == "without 2, 2 weighted alike at random"
+    assert len(changes) == 4
+
+
+def test_the_control_of_removals_is_what_it_was_before_there_were_weights():
+    control = ChangeSet(remove=("e1", "e4")).planned(IDS, seed=3)[1]
+    rest = [i for i in range(N) if i not in (1, 4)]
+    drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(3))[:2].tolist()
+    assert control == Change(
+        name="without 2 at random",
+        weights={i: 0.0 for i in sorted(rest[d] for d in drawn)},
+        control=True,
+    )
+
+
+def test_a_change_set_gives_the_weights_of_a_training_and_comes_back_from_its_file(tmp_path):
+    changes = ChangeSet(name="c", remove=("e1",), keep=("e2",), weights={"e4": 2.5})
+    assert changes.training_weights() == {"e1": 0.0, "e4": 2.5}
+    changes.save(tmp_path / "changes.json")
+    assert ChangeSet.load(tmp_path / "changes.json") == changes
+    with pytest.raises(
+        ValueError, match=r"1 examples other labels, such as 'e3'\. A language model"
+    ):
+        ChangeSet(relabel={"e3": 1}).training_weights()
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_weights_are_positive_and_finite(weight):
+    with pytest.raises(ValueError, match="weight of 'e1' must be a positive number"):
+        ChangeSet(weights={"e1": weight})
+
+
 def test_what_cannot_be_planned_is_refused_by_name():
     with pytest.raises(ValueError, match="such as 'nobody'"):
         ChangeSet(remove=("nobody",)).planned(IDS)
@@ -70,6 +122,10 @@ def test_what_cannot_be_planned_is_refused_by_name():
         ChangeSet(remove=tuple(IDS[:6])).planned(IDS)
     with pytest.raises(ValueError, match="'e1' is named twice"):
         ChangeSet(remove=("e1",), keep=("e1",))
+    with pytest.raises(ValueError, match="'e1' is named twice"):
+        ChangeSet(remove=("e1",), weights={"e1": 2.0})
+    with pytest.raises(ValueError, match="such as 'nobody'"):
+        ChangeSet(weights={"nobody": 2.0}).planned(IDS)
 
 
 def test_relabelling_needs_scores_under_the_new_labels_and_a_training_that_can():
@@ -121,6 +177,9 @@ def test_models_trained_side_by_side_take_new_labels(tmp_path):
         ("[1]", "got a list"),
         ('{"remove": "e1"}', "by its remove"),
         ('{"relabel": [1]}', "by its relabel"),
+        ('{"weights": [1]}', "by its weights"),
+        ('{"weights": {"e1": "twice"}}', "weight of 'e1' must be a number; got 'twice'"),
+        ('{"weights": {"e1": true}}', "weight of 'e1' must be a number; got True"),
         (
             '{"relabel": {"e1": "cat"}}',
             "new label of 'e1' must be the number of a class; got 'cat'",

@@ -330,3 +330,21 @@ def test_held_out_examples_that_were_removed_are_not_counted_and_other_coordinat
     other = build(fitted, tmp_path / "c", examples=data(60, seed=4), kind=kind, sample=0)
     with pytest.raises(ArtifactMismatch, match="another projection"):
         Indexed(index=index, heldout=other, keep=5).attribute(fitted, queries)
+
+
+def test_groups_of_near_duplicates_are_those_of_the_whole_matrix_across_blocks(monkeypatch):
+    from headwater.core.index import search
+
+    monkeypatch.setattr(search, "_NEAR", 7)
+    draw = torch.Generator().manual_seed(3)
+    rows = torch.randn(60, 2, generator=draw)  # in a plane, so that chains of near ones form
+    content = [int(v) for v in torch.randint(50, (60,), generator=draw)]
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    for least in (0.9, 0.999, 0.99999):
+        near = unit @ unit.T >= least
+        near |= torch.tensor([[a == b for a in content] for b in content])
+        reach = near.double()
+        for _ in range(60):
+            reach = ((reach @ near.double()) > 0).double()
+        first = reach.argmax(1)
+        assert clusters(rows, least=least, content=content).tolist() == first.tolist()
