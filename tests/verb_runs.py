@@ -72,11 +72,16 @@ def words_of(folder: Path) -> list[str]:
     return json.loads((folder / "words.json").read_text())
 
 
+def said(folder: Path) -> Path:
+    """Where what a command printed is kept, beside its folder."""
+    return folder.with_name(f"{folder.name}.said")
+
+
 def _work(folder: str, wait: bool) -> None:
     from headwater.cli import main
 
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout = sys.stderr = nowhere
+    with said(Path(folder)).open("w") as told:
+        sys.stdout = sys.stderr = told
         code = main(words_of(Path(folder)))
     if code:
         os._exit(code)

@@ -72,9 +72,9 @@ def run(words: list[str]) -> int:
 def _quip(command: Quip) -> int:
     from headwater.adapt import QuIP
     from headwater.core.task import CausalLM
-    from headwater.models.language import save_quantized_language
+    from headwater.models.language import refuse_other_folder, save_quantized_language
 
-    _refuse_other(command.out)
+    refuse_other_folder(command.out)
     session, _ = run_session(command.run)
     model, data = _source(command, session)
     method = QuIP(
@@ -157,18 +157,6 @@ def _has_statistics(fitted: Any, patterns: tuple[str, ...]) -> bool:
     followed = {use.module: x.name for x in fitted.followed for use in x.uses}
     names = chosen_layers(fitted.model, patterns)
     return all(followed.get(name) in fitted.curvature.factor_eigenvalues for name in names)
-
-
-def _refuse_other(out: Path) -> None:
-    """Let a quantized model be replaced, and nothing else."""
-    from headwater.models.language import QUANTIZED
-
-    if out.is_file():
-        raise ValueError(f"{out} is a file; choose a folder for the quantized model.")
-    if out.exists() and any(out.iterdir()) and not (out / QUANTIZED).is_dir():
-        raise ValueError(
-            f"{out} holds something else than a quantized model; choose another folder."
-        )
 
 
 def _losses(

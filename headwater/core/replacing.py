@@ -58,10 +58,14 @@ def _discard(aside: Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to be filled, which takes its name when the block ends: it is there whole or not at all.
 
     What a killed writer left of it is removed, and a full disk explained, whichever library met it.
+
+    Args:
+        folder: The folder.
+        replace: Whether it may take the place of one that is there, which stands until then.
 
     Raises:
         FolderBusy: Another process writes it.
@@ -70,9 +74,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = LockFile(sibling(folder, "lock"))
     lock.acquire(folder)
-    partial = sibling(folder, "partial")
+    partial, aside = sibling(folder, "partial"), sibling(folder, "replaced")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        if (
+            aside.exists() and not folder.exists()
+        ):  # a writer was killed while the two changed places
+            os.rename(aside, folder)
+        for left in (partial, aside):
+            shutil.rmtree(left, ignore_errors=True)
         with disk_room(folder, 0):
             partial.mkdir()
             try:
@@ -81,8 +90,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                 if "No space left" in str(error):
                     raise OSError(errno.ENOSPC, "No space left on device") from error
                 raise
+        if replace and folder.exists():
+            os.rename(folder, aside)
         os.rename(partial, folder)
         sync_folder(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # it has left this name where all went well
         lock.release()

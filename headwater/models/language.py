@@ -23,6 +23,7 @@ from torch import nn
 
 from headwater.core.files import read_json, write_json
 from headwater.core.quantized import load_quantized, save_quantized
+from headwater.core.replacing import whole_folder
 from headwater.extras import require
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -410,21 +411,38 @@ def save_quantized_language(
     made_from: Mapping[str, str] | None = None,
     table: Mapping[str, list] | None = None,
 ) -> None:
-    """Write a quantized language model as a folder that `load_language_model` reads.
+    """Write a quantized language model as a folder that `load_language_model` reads, whole or not at all.
 
     Args:
         language: The model it was made of.
         model: The quantized model.
-        out: The folder.
+        out: The folder; a quantized model that is there is replaced.
         facts: What is to be known of it.
         made_from: Fingerprints of what it was made from.
         table: A row for each quantized layer.
+
+    Raises:
+        ValueError: The folder holds something else than a quantized model.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(out)  # type: ignore[union-attr, operator]
-    language.tokenizer.save_pretrained(out)
-    save_quantized(model, out / QUANTIZED, facts=facts, made_from=made_from, table=table)
+    refuse_other_folder(Path(out))
+    with whole_folder(Path(out), replace=True) as partial:
+        model.config.save_pretrained(partial)  # type: ignore[union-attr, operator]
+        language.tokenizer.save_pretrained(partial)
+        save_quantized(model, partial / QUANTIZED, facts=facts, made_from=made_from, table=table)
+
+
+def refuse_other_folder(out: Path) -> None:
+    """Let a quantized model be replaced, and nothing else.
+
+    Raises:
+        ValueError: There is something else.
+    """
+    if out.is_file():
+        raise ValueError(f"{out} is a file; choose a folder for the quantized model.")
+    if out.exists() and any(out.iterdir()) and not (out / QUANTIZED).is_dir():
+        raise ValueError(
+            f"{out} holds something else than a quantized model; choose another folder."
+        )
 
 
 def _load_adapter(model: Any, folder: Path) -> Any:

@@ -19,7 +19,7 @@ pytest.importorskip("jinja2")
 from headwater.cli import main
 from tests import verb_runs
 from tests.forks import Forks
-from tests.verb_runs import classifier, language_model, prepared, words_of
+from tests.verb_runs import classifier, language_model, prepared, said, words_of
 
 pytestmark = pytest.mark.thorough
 
@@ -114,7 +114,8 @@ def whole(templates, runs, tmp_path_factory):
 def finished(action: str, runs, folder: Path) -> None:
     """Run the command to its end; one that had ended, and refuses to write over its work, has nothing left to do."""
     code = runs.run(folder)
-    assert code == 0 or (action == "edit" and code == 2 and (folder / "edited").is_dir())
+    over = action == "edit" and code == 2 and (folder / "edited").is_dir()
+    assert code == 0 or over, said(folder).read_text()
 
 
 @pytest.mark.parametrize("action", ACTIONS)

@@ -346,3 +346,32 @@ def test_a_full_disk_is_explained_whoever_met_it(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SafetensorError, match="bad"), whole_folder(tmp_path / "model"):
         raise SafetensorError("bad header")
+
+
+def test_a_folder_that_is_replaced_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    place = tmp_path / "model"
+    with whole_folder(place) as partial:
+        (partial / "weights").write_text("old")
+    with pytest.raises(KeyError), whole_folder(place, replace=True) as partial:
+        raise KeyError
+    assert (place / "weights").read_text() == "old"
+    rename, moved = os.rename, []
+
+    def killed(source, target):
+        moved.append(source)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt), whole_folder(place, replace=True) as partial:
+        (partial / "weights").write_text("new")
+    monkeypatch.setattr(os, "rename", rename)
+    assert not place.exists()  # between the two names
+    with pytest.raises(KeyError), whole_folder(place, replace=True) as partial:
+        raise KeyError
+    assert (place / "weights").read_text() == "old"  # put back
+    with whole_folder(place, replace=True) as partial:
+        (partial / "weights").write_text("new")
+    assert (place / "weights").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
