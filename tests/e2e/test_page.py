@@ -169,7 +169,7 @@ def test_the_training_data_are_searched_sorted_and_opened(visit, place):
     page = visit(place, "corpus")
     rows = page.locator(".list-inner [data-row]")
     rows.first.wait_for()
-    told = page.locator(".all [role=status]")
+    told = page.locator(".all p[role=status]")
     expect(told).to_have_text("48 examples")
     page.get_by_role("combobox", name="Sort by").select_option("self_influence")
     expect(rows.first).to_have_attribute("data-row", "5")
@@ -217,6 +217,7 @@ def test_the_run_tells_its_spectrum_coverage_and_costs(visit, place):
     assert page.locator("path.spectrum.picked").count() == 1
     page.get_by_role("link", name="timeline").click()
     page.get_by_role("heading", name="When it was learnt").wait_for()
+    settle(page)
     assert page.locator(".timeline").count() == 2
     assert page.title().startswith("When it was learnt")
 
