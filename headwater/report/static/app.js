@@ -1,4 +1,4 @@
-/* Headwater's evidence page. Sources: frontend, sha256 18be2e8fe57f3ee73b670237901967d7c84b432994e0e93ee40cad953b18e68b. */
+/* Headwater's evidence page. Sources: frontend, sha256 b19706d7a917b29eb8f5726eff900d2c71c174d09e2af2d5e697e33c5d84dcfa. */
 /*
 The evidence page holds parts of these packages.
 
