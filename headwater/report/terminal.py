@@ -123,7 +123,11 @@ class _Printer:
             pairs = zip(answer.completion_log_probs, answer.completion_tokens, strict=True)
             least, token = min(pairs)
             name = _clean(token, 20).strip()
-            shown.append(f" over {n} tokens; the least likely, {name!r}, {text.number(least, 2)}")
+            shown.append(
+                f" over {n} tokens; the least likely, {name!r}, {text.number(least, 2)}"
+                if n > 1
+                else " over 1 token"
+            )
         return shown
 
     def _ranked(self, influencers: tuple[Influencer, ...], answer: Answer) -> Table:

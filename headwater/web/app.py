@@ -3,11 +3,11 @@
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, Depends, FastAPI, Query, Request
+from fastapi import Path as PathName
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -73,7 +73,8 @@ def _file(path: Path, kind: str) -> Response:
 
 
 def _saved(app: FastAPI, run: Path) -> None:
-    corpus, views = (_Later(f"headwater.report.views.{name}") for name in ("corpus", "run"))
+    from headwater.report.views import corpus
+    from headwater.report.views import run as views
 
     @app.get("/api/run")
     def overview() -> Any:
@@ -93,20 +94,15 @@ def _saved(app: FastAPI, run: Path) -> None:
         source: Annotated[str | None, Query(max_length=1000)] = None,
         search: Annotated[str | None, Query(max_length=1000)] = None,
     ) -> Any:
-        chosen = {"source": source or None, "search": search or None}
-        order = {"sort": sort, "descending": descending}
-        return _json(corpus.rows(run, offset=offset, limit=limit, **order, **chosen))
+        return _json(corpus.rows(run, offset, limit, sort, descending, source, search))
 
     @app.get("/api/corpus/summary")
     def summary() -> Any:
         return _json(corpus.summary(run))
 
     @app.get("/api/examples/{number}")
-    def example(number: int) -> Any:
-        try:
-            return _json(corpus.example(run, number))
-        except IndexError:
-            raise Refused(404, f"There is no example {number} in this run.") from None
+    def example(number: Annotated[int, PathName(ge=0, lt=2**62)]) -> Any:
+        return _json(corpus.example(run, number))
 
     @app.get("/api/verifications/{name}")
     def verification(name: str) -> Any:
@@ -174,16 +170,6 @@ def _jobs(app: FastAPI, engine: Engine) -> None:
                     yield f"event: {kind}\ndata: {json.dumps(content, allow_nan=False)}\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream")
-
-
-class _Later:
-    """A module that is imported when it is used."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self._name), name)
 
 
 async def _is_json(request: Request) -> None:

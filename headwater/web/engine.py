@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from headwater.report.text import visible
 from headwater.web.asks import Ask
 from headwater.web.jobs import ENDED, Ended, Job, Jobs, Live
 
@@ -22,6 +23,7 @@ MOST_DEATHS = 3
 PATIENCE = 15.0  # seconds that a cancelled job may take to notice
 ALIVE = 15.0  # seconds between signs of life to those who look on
 MAX_LINE = 1 << 26
+MOST_TOLD = 1_000  # characters of an error, or of a note on progress
 
 
 class Worker:
@@ -42,6 +44,11 @@ class Worker:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def gone(self) -> bool:
+        """Whether it is known to have ended."""
+        return self._process.returncode is not None
 
     def send(self, message: dict[str, Any]) -> None:
         """Give it a line; one that is gone is noticed by `receive`."""
@@ -224,7 +231,7 @@ class Engine:
         job.live, job.stages, job.error = Live(), [], None
         self.jobs.save(job)
         self._tell()
-        if self._worker is None:
+        if self._worker is None or self._worker.gone:  # between jobs it takes none with it
             self._worker = await Worker.start(self._command)
         worker = self._worker
         worker.send({"run": job.id, "kind": job.kind, "asked": job.asked})
@@ -241,9 +248,10 @@ class Engine:
     def _heard(self, job: Job, message: dict[str, Any]) -> None:
         match message["event"]:
             case "progress":
-                job.progress = {name: message[name] for name in ("done", "total", "note")}
+                told = {name: message[name] for name in ("done", "total")}
+                job.progress = told | {"note": visible(message["note"][:MOST_TOLD])}
             case "stage":
-                job.stages.append({name: message[name] for name in ("name", "told")})
+                job.stages.append({n: visible(message[n][:MOST_TOLD]) for n in ("name", "told")})
             case "token":
                 job.live.text += message["text"]
             case "partial":
@@ -251,7 +259,7 @@ class Engine:
             case "done":
                 self.jobs.end(job, "done", result=message["result"])
             case "failed":
-                self.jobs.end(job, "failed", error=message["error"])
+                self.jobs.end(job, "failed", error=visible(message["error"][:MOST_TOLD]))
             case "cancelled":
                 self.jobs.end(job, "cancelled")
 

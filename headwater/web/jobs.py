@@ -6,8 +6,9 @@ the order in which they were asked.
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from headwater.core.evidence import plain
 from headwater.core.files import ArtifactError, read_json, write_json
 from headwater.web.asks import Ask
 
-MOST_WAITING, MOST_KEPT = 8, 50
+MOST_WAITING, MOST_KEPT, MOST_SHOWN = 8, 50, 100
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 ENDED = ("done", "failed", "cancelled")
 ASKS: TypeAdapter[Ask] = TypeAdapter(Ask)
@@ -86,7 +87,17 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         """What is kept of it."""
-        return plain({k: v for k, v in vars(self).items() if k != "live"})
+        kept = (f.name for f in fields(self) if f.name != "live")
+        return plain({name: getattr(self, name) for name in kept})
+
+    @cached_property
+    def briefly_asked(self) -> dict[str, Any]:
+        """The request without a long list of changes, of which every message of the job would be full."""
+        changes = self.asked.get("changes")
+        if not isinstance(changes, dict) or len(changes["changes"]) <= MOST_SHOWN:
+            return self.asked
+        told = {"name": changes["name"], "n_changes": len(changes["changes"])}
+        return self.asked | {"changes": told}
 
 
 class Jobs:
@@ -166,10 +177,11 @@ class Jobs:
 
     def shown(self, job: Job) -> dict[str, Any]:
         """A job as the page shows it, with its place in the queue, from 1."""
-        told = job.to_json()
-        del told["deaths"]
+        hidden = ("asked", "deaths", "live")
+        names = (f.name for f in fields(job) if f.name not in hidden)
+        told = {n: getattr(job, n) for n in names} | {"asked": job.briefly_asked}
         waiting = [j.id for j in self.waiting()] if job.state == "queued" else []
-        return told | {"position": waiting.index(job.id) + 1 if waiting else 0}
+        return plain(told) | {"position": waiting.index(job.id) + 1 if waiting else 0}
 
     def _prune(self) -> None:
         """Forget the oldest jobs that have ended."""

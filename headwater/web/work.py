@@ -95,6 +95,11 @@ class Work:
 
         name = f"ask-{fingerprint_json(ask.model_dump())[:12]}"
         indexed = (self.run / "index").is_dir() and not ask.thorough
+        if ask.where and not indexed:
+            raise ValueError(
+                "Only an index can be asked about some of the examples; make one with `headwater index build "
+                f"{self.run}`, or ask about all of them."
+            )
 
         numbers = corpus.numbers(self.run)
 

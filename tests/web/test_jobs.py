@@ -117,6 +117,19 @@ def test_a_worker_that_is_killed_from_outside_is_noticed_and_the_job_goes_on(run
     assert over_http(run, test) == (1, True)
 
 
+def test_a_worker_that_dies_between_jobs_takes_none_with_it(run):
+    async def test(client, engine):
+        first = (await client.post("/api/jobs", json=completing("count"))).json()["id"]
+        await ended(engine, first)
+        os.kill(engine.pid, signal.SIGKILL)
+        await until(lambda: engine._worker.gone)
+        name = (await client.post("/api/jobs", json=completing("count"))).json()["id"]
+        return await ended(engine, name)
+
+    job = over_http(run, test)
+    assert job.state == "done" and (job.attempts, job.deaths) == (1, 0)
+
+
 def test_a_job_that_takes_its_worker_down_three_times_fails_and_says_so(run):
     async def test(client, engine):
         name = (await client.post("/api/jobs", json=completing("die"))).json()["id"]

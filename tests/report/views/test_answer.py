@@ -88,23 +88,20 @@ def test_what_an_example_did_to_each_token_of_the_completion_is_heat():
     assert cards(trace_view(Evidence(answers=(answer,))))[1]["query_heat"] == []
 
 
-def test_other_methods_stand_beside_with_what_they_share():
-    answer = samples.answer(0)
-    a, b, c = answer.raised[:3]
+def test_other_methods_stand_beside_the_answer_with_what_they_share():
+    answer = replace(samples.answer(0), raised=samples.answer(0).raised[:2])
+    (a, b), c = answer.raised, samples.answer(0).raised[2]
     rankings = (
-        Ranking(method="BM25", about="shared words", examples=(a, b)),
-        Ranking(method="EK-FAC", about="curvature", unit="nats", examples=(b, c)),
+        Ranking(method="BM25", about="shared words", examples=(b, c)),
         Ranking(method="embedding", skipped="no index"),
     )
     found = Evidence(answers=(replace(answer, rankings=rankings),))
-    shown = trace_view(found)["answers"][0]["rankings"]
-    assert [[row["also"] for row in r["rows"]] for r in shown] == [
-        [[], ["EK-FAC"]],
-        [["BM25"], []],
-        [],
-    ]
-    assert shown[1]["rows"][0]["id"] == b.example_id and shown[1]["unit"] == "nats"
-    assert shown[2]["skipped"] == "no index"
+    own, words, none = trace_view(found)["answers"][0]["rankings"]
+    assert [row["id"] for row in own["rows"]] == [a.example_id, b.example_id]
+    assert [row["also"] for row in own["rows"]] == [[], ["BM25"]] and own["unit"] == "nats"
+    assert [row["also"] for row in words["rows"]] == [["influence"], []]
+    assert none["rows"] == [] and none["skipped"] == "no index"
+    assert trace_view(Evidence(answers=(answer,)))["answers"][0]["rankings"] == []
 
 
 def test_no_text_can_mislead_and_only_ids_stay_as_they_are():
