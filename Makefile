@@ -22,10 +22,10 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup demo test fast slow check format bench docs pin clean distclean
+.PHONY: help setup demo test fast slow check format bench frontend screenshots docs pin clean distclean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready  ## create or update .venv with the tested versions
 
@@ -84,6 +84,12 @@ format: setup  ## format the code and fix what ruff can fix
 
 bench: $(VENV)/.ready-bench  ## cost and quality beside the strongest peer
 	@$(PY) benchmarks/cost.py
+
+frontend:  ## rebuild the evidence page from frontend/ (the only target that needs node)
+	@cd frontend && npm ci --no-fund --no-audit && npm run --silent check && npm run --silent build
+
+screenshots: setup  ## pictures of every state of the page over RUN (runs/demo/run), into OUT
+	@$(PY) -m tests.e2e.screenshots $(or $(RUN),runs/demo/run) $(or $(OUT),runs/screenshots)
 
 docs: $(VENV)/.ready-docs  ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet && echo "site/index.html"

@@ -6,8 +6,9 @@ Trains a small network on scikit-learn's digits with planted errors, records the
 
 The same audit from the command line, with a person's sample of 200 verified labels (here the planted truth):
 
-    headwater audit runs/digits --program examples/audit_digits.py:parts
-    headwater audit runs/digits --program examples/audit_digits.py:parts --verified runs/digits/verified.csv
+    headwater audit runs/digits --program examples/audit_digits.py:parts --image 8 8
+    headwater audit runs/digits --program examples/audit_digits.py:parts --image 8 8 \
+        --verified runs/digits/verified.csv
 
 And what relabelling or removing does to the held-out loss, by repeating the recorded run:
 

@@ -1,4 +1,4 @@
-import { useCallback, useEffect, useState } from "preact/hooks";
+import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 import { AnswerView } from "./answer";
 import { Guide } from "./evidence";
 import { JobView } from "./jobs";
@@ -29,13 +29,16 @@ function Elsewhere() {
   );
 }
 
+/** Columns whose values name single examples: totals by them say nothing. */
+const NAMING = /^(title|name|headline|subject|id|url)$/i;
+
 function Form(props: { run: RunOverview }) {
   const [prompt, setPrompt] = useState("");
   const [completion, setCompletion] = useState("");
   const [writing, write] = useState(false);
   const [chosen, choose] = useState<Chosen>(null);
   const [rather, setRather] = useState("");
-  const [source, setSource] = useState(props.run.columns[0] ?? "");
+  const [source, setSource] = useState(props.run.columns.find((c) => !NAMING.test(c)) ?? "");
   const [depth, setDepth] = useState<"quick" | "thorough">(props.run.has.index ? "quick" : "thorough");
   const [top, setTop] = useState<"8" | "16" | "32">("8");
   const [compare, setCompare] = useState(true);
@@ -74,7 +77,7 @@ function Form(props: { run: RunOverview }) {
   const trace = () => attempt(async () => {
     const job = await start({
       kind: "trace", prompt, completion, rather_than: rather.trim() ? rather : null, span: span && inCharacters(completion, span),
-      chat, source: source || null, top: Number(top), thorough: depth === "thorough", compare, where: [],
+      chat, source: source.trim() || null, top: Number(top), thorough: depth === "thorough", compare, where: [],
     });
     setTracing(job.id);
     turn(["ask"], { job: job.id });
@@ -104,6 +107,7 @@ function Form(props: { run: RunOverview }) {
             <textarea name="completion" rows={3} dir="auto" value={completion} onInput={(event) => { setCompletion(event.currentTarget.value); choose(null); }} />
           </label>
         )}
+        {busy && <JobView job={streaming.job} />}
         {text && !writing && (
           <div class="chosen-text">
             <blockquote class="asked" dir="auto">
@@ -125,9 +129,9 @@ function Form(props: { run: RunOverview }) {
               <span>Rather than</span>
               <input name="rather" dir="auto" value={rather} placeholder="optional: why this and not …" onInput={(event) => setRather(event.currentTarget.value)} />
             </label>
-            {props.run.columns.length > 0 && (
-              <Choice label="Totals by" value={source} onChange={setSource} options={[...props.run.columns.map((c) => [c, c] as const), ["", "nothing"]]} />
-            )}
+            {props.run.columns.length > 0
+              ? <Choice label="Totals by" value={source} onChange={setSource} options={[...props.run.columns.map((c) => [c, c] as const), ["", "nothing"]]} />
+              : <label class="field"><span>Totals by</span><input name="source" value={source} placeholder="a column, if any" onInput={(event) => setSource(event.currentTarget.value)} /></label>}
             <Choice label="Examples a side" value={top} onChange={setTop} options={[["8", "8"], ["16", "16"], ["32", "32"]]} />
             <fieldset class="depth">
               <legend>Look at</legend>
@@ -160,10 +164,12 @@ function Tracing(props: { id: string }) {
       await readRun();
     });
   }, [name]);
+  const section = useRef<HTMLElement>(null);
+  useEffect(() => section.current?.scrollIntoView({ block: "nearest" }), []);
   if (!followed) return null;
   const answers = trace?.answers ?? followed.answers;
   return (
-    <section class="tracing" aria-label="The trace">
+    <section class="tracing" aria-label="The trace" ref={section}>
       <JobView job={followed.job} />
       {timeline && <p><a class="button" href={address(["timeline", timeline])}>See when it was learnt</a></p>}
       {answers.length > 0 && (

@@ -1,3 +1,4 @@
+import { Component } from "preact";
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { Histogram } from "./charts";
 import { JobView } from "./jobs";
@@ -229,7 +230,21 @@ function Rows(props: { query: Omit<CorpusQuery, "offset" | "limit"> }) {
   );
 }
 
-function Row(props: { index: number; row: CorpusRow | undefined; start: number; height: number; current: boolean }) {
+type RowProps = { index: number; row: CorpusRow | undefined; start: number; height: number; current: boolean };
+
+/** A row is drawn again only when something of it changes: a list that scrolls draws the new rows alone. */
+class Row extends Component<RowProps> {
+  shouldComponentUpdate(next: RowProps, state: object): boolean {
+    const now = this.props;
+    return state !== this.state || next.row !== now.row || next.index !== now.index || next.start !== now.start || next.height !== now.height || next.current !== now.current;
+  }
+
+  render() {
+    return row(this.props);
+  }
+}
+
+function row(props: RowProps) {
   const { row } = props;
   const place = { transform: `translateY(${props.start}px)`, height: `${props.height}px` };
   if (!row) return <div class="list-row waiting" role="row" aria-rowindex={props.index + 1} style={place}><span role="cell" class="right num soft">…</span></div>;

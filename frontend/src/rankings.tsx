@@ -23,7 +23,7 @@ function Column(props: { ranking: Ranking; pointed: string | null; point: (id: s
   return (
     <section class="ranking" aria-label={ranking.method}>
       <h4>{ranking.method}</h4>
-      <p class="soft small">{ranking.about}{ranking.rows.length > 0 && ` ${shared} of ${ranking.rows.length} listed by another method too.`}</p>
+      <p class="soft small">{ranking.about.replace(/([^.])$/, "$1.")}{ranking.rows.length > 0 && ` ${shared} of ${ranking.rows.length} listed by another method too.`}</p>
       {ranking.skipped && <p class="notice small">Left out: {ranking.skipped}</p>}
       <ol>
         {ranking.rows.map((row, i) => (

@@ -118,7 +118,7 @@ export function Bar(props: { at: number | null; span: Span | null; band: Span | 
 
 export function Shares(props: { of: Share[]; title: string; told: string }) {
   const [all, set] = useState(false);
-  const shown = all ? props.of : props.of.slice(0, 14);
+  const shown = all ? props.of : props.of.slice(0, 8);
   return (
     <section class="layers">
       <h3>{props.title}</h3>

@@ -171,7 +171,8 @@ class Survey(Shown):
         logs = values[values > 0].log10()
         if len(logs):
             low, high = float(logs.min()), float(logs.max())
-            edges = torch.linspace(low, max(high, low + 1e-3), bins + 1).tolist()
+            ends = low - 1e-6, max(high, low + 1e-3) + 1e-6  # none falls out by rounding
+            edges = torch.linspace(*ends, bins + 1, dtype=torch.float64).tolist()
             for chosen, color, label in (
                 (~self.outlier, "tab:blue", "training examples"),
                 (self.outlier, "tab:orange", "outliers"),

@@ -306,7 +306,7 @@ class Bench:
             if ceiling is not None:
                 warn_low_ceiling(ceiling)
             halves_right = None if self.workload.text else float((outcomes > 0).double().mean())
-            if halves_right is not None and halves_right < 0.5:
+            if halves_right is not None and halves_right < 0.25:
                 warnings.warn(
                     f"Models of random halves answer only {100 * halves_right:.0f} % of the queries rightly: they have "
                     "hardly learned, and the table is about the beginning of training. Train longer.",

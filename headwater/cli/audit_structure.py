@@ -1,7 +1,7 @@
 """`headwater audit structure`: how much of a model's weights its data use, which directions matter, and its modules."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,7 +84,7 @@ def run(words: list[str]) -> int:
         seen = "held-out examples" if heldout is not None else "the training examples"
         say(f"What is needed was measured on {seen}.")
     say(f"The tables are in {place}.")
-    if found is None:
+    if found is None and _can_be_cut(fit):
         program = f" --program {command.program}" if command.program else ""
         say(f"Next: headwater audit structure {command.run}{program} --basis lib")
     return 0
@@ -97,16 +97,18 @@ def _degeneracy(command: Structure, fit: "Fit", place: Path, progress: Any) -> "
     from headwater.core.files import ArtifactError, write_bytes
     from headwater.data.text import csv_bytes
 
-    kept, moments = place / "jacobian", None
+    kept, moments, paid = place / "jacobian", None, 0.0
     with suppress(ArtifactError):  # none, damaged, or of something else
         moments = JacobianMoments.load(kept, fit)
     if moments is None or not _serves(moments, fit, command.draws):
         moments = jacobian_moments(fit, draws=command.draws, progress=progress)
         moments.facts["asked_draws"] = command.draws
         moments.save(kept)
+        paid = moments.passes
     elif not command.json:
         say(f"  second moments were collected before; read from {kept}")
     found = degeneracy(fit, moments=moments, delta=command.delta, progress=progress)
+    found = replace(found, passes=found.passes + paid)
     write_bytes(place / "layers.csv", csv_bytes(found.table()))
     return found
 
@@ -155,6 +157,16 @@ def _directions(
         write_bytes(place / f"{command.basis}-{name}.csv", csv_bytes(found.table()))
         save_plot(place / f"{command.basis}-{name}.png", found.plot)
     return basis, by_nodes, by_edges, graph
+
+
+def _can_be_cut(fit: "Fit") -> bool:
+    """Whether the model's forward pass is known as a list of steps."""
+    from headwater.core.sections import steps_of
+
+    try:
+        return bool(steps_of(fit.model))
+    except ValueError:
+        return False
 
 
 def _as_json(report: "Degeneracy", found: Any) -> dict[str, Any]:

@@ -40,11 +40,14 @@ class Step:
         run: From the parts of that node layer, and the batch, to the parts of the next; the last step returns the
             model's outputs. Parts are (batch, dim), (batch, pos, dim) or (batch, channel, *sites).
         modules: The modules that run in it.
+        apart: Numbers of the parts that it reads whose activations are kept apart from the others, such as the
+            variance that a norm divides by.
     """
 
     name: str
     run: Callable[[Parts, Any], Parts]
     modules: tuple[nn.Module, ...] = ()
+    apart: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,15 @@ class Sections:
         """Share of the model's parameters that one section holds."""
         own = {p for step in self._parts[number] for m in step.modules for p in m.parameters()}
         return sum(p.numel() for p in own) / sum(p.numel() for p in self.model.parameters())
+
+    def apart(self, number: int, like: "Activations") -> list[int]:
+        """Activations of a node layer that are kept apart from the others."""
+        if number == len(self):
+            return []
+        sizes = [s[0 if len(s) > 2 else len(s) - 1] for s in like.shapes]
+        starts = [sum(sizes[:k]) for k in range(len(sizes))]
+        parts = self._parts[number][0].apart
+        return [i for k in parts for i in range(starts[k], starts[k] + sizes[k])]
 
     @contextmanager
     def hooks(self) -> Iterator[None]:

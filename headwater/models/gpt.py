@@ -57,6 +57,32 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm_2(x))))
 
 
+class Divide(nn.Module):
+    """A LayerNorm that is told the variance to divide by.
+
+    Args:
+        norm: The norm, whose gain, bias and epsilon it takes.
+    """
+
+    def __init__(self, norm: nn.LayerNorm):
+        super().__init__()
+        self.norm = norm
+
+    @property
+    def bias(self) -> Tensor:
+        """What it adds whatever it reads."""
+        return self.norm.bias
+
+    def forward(self, x: Tensor, variance: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * torch.rsqrt(variance + self.norm.eps) * self.norm.weight + self.norm.bias
+
+
+def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The stream, and beside it the variance that a norm divides by."""
+    return x, x.var(-1, correction=0, keepdim=True)
+
+
 class GPT(nn.Module):
     """A small language model.
 
@@ -131,27 +157,32 @@ class GPT(nn.Module):
             seen = ((seen & real[:, None]) | itself)[:, None]
         return self.embed(input_ids) + self.position(positions), seen
 
-    def steps(self) -> list[Step]:
+    def steps(self, *, variance: bool = False) -> list[Step]:
         """The forward pass between places that everything flows through.
 
         Of block i these are "blocks.i" and "blocks.i.mlp", where the residual stream is alone, and "blocks.i.down",
         where the perceptron's neurons run beside it.
+
+        Args:
+            variance: Let the variance that each norm divides by run beside the stream, kept apart from it, in
+                "blocks.i", "blocks.i.mlp" and "norm"; behind each of the places before it is computed.
         """
 
         def embedded(batch: Any) -> tuple[Tensor, Tensor]:
             return self._embedded(batch["input_ids"], batch.get("attention_mask"))
 
-        def attend(block: Block):
+        def normed(norm: nn.LayerNorm) -> nn.Module:
+            return Divide(norm) if variance else norm
+
+        def attend(block: Block, norm: nn.Module):
             def step(parts: tuple[Tensor, ...], batch: Any) -> tuple[Tensor, ...]:
-                (x,) = parts
-                return (x + block.attention(block.norm_1(x), embedded(batch)[1]),)
+                return (parts[0] + block.attention(norm(*parts), embedded(batch)[1]),)
 
             return step
 
-        def expand(block: Block):
+        def expand(block: Block, norm: nn.Module):
             def step(parts: tuple[Tensor, ...], batch: Any) -> tuple[Tensor, ...]:
-                (x,) = parts
-                return x, nn.functional.gelu(block.up(block.norm_2(x)))
+                return parts[0], nn.functional.gelu(block.up(norm(*parts)))
 
             return step
 
@@ -159,13 +190,20 @@ class GPT(nn.Module):
             return lambda parts, batch: (parts[0] + block.down(parts[1]),)
 
         found = [Step("embed", lambda parts, batch: (embedded(batch)[0],), (self.embed,))]
+
+        def add(name: str, run: Any, *modules: nn.Module, measured: bool = False) -> None:
+            if measured and variance:
+                found.append(Step(f"{name}.variance", lambda parts, batch: _measured(parts[0])))
+            found.append(Step(name, run, modules, apart=(1,) if measured and variance else ()))
+
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            found += [
-                Step(f"blocks.{i}", attend(block), (block.norm_1, *block.attention.modules())),
-                Step(f"blocks.{i}.mlp", expand(block), (block.norm_2, block.up)),
-                Step(f"blocks.{i}.down", contract(block), (block.down,)),
-            ]
-        found.append(Step("norm", lambda parts, batch: (self.norm(parts[0]),), (self.norm,)))
-        found.append(Step("head", lambda parts, batch: (self.head(parts[0]),), (self.head,)))
+            one, two = normed(block.norm_1), normed(block.norm_2)
+            attention = block.attention.modules()
+            add(f"blocks.{i}", attend(block, one), one, *attention, measured=True)
+            add(f"blocks.{i}.mlp", expand(block, two), two, block.up, measured=True)
+            add(f"blocks.{i}.down", contract(block), block.down)
+        last = normed(self.norm)
+        add("norm", lambda parts, batch: (last(*parts),), last, measured=True)
+        add("head", lambda parts, batch: (self.head(parts[0]),), self.head)
         return found

@@ -15,6 +15,7 @@ where $M' = \mathbb E \sum_i \nabla \hat f^{l+1}_i (\nabla \hat f^{l+1}_i)^\top$
 directions. No invertible linear map between two layers changes $\hat f$.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,12 +38,14 @@ class Directions:
         C_pinv: And back (node, in).
         weight: What each direction counts, in descending order (node): Λ, or the variance of principal directions.
         constant: Whether node 0 is the constant, and the others are without mean.
+        apart: Nodes that read one activation each, which no other node reads.
     """
 
     C: Float[Tensor, "in node"]
     C_pinv: Float[Tensor, "node in"]
     weight: Float[Tensor, " node"]
     constant: bool
+    apart: tuple[int, ...] = ()
 
     @property
     def n_nodes(self) -> int:
@@ -170,6 +173,51 @@ def interaction_directions(
     else:
         values = values[keep]
     return Directions(C, C_pinv, values, found.constant)
+
+
+def kept_apart(
+    directions: Directions,
+    moment: Float[Tensor, "in in"],
+    apart: Sequence[int],
+    gains: Float[Tensor, " apart"],
+    *,
+    cutoff: float = 1e-5,
+) -> Directions:
+    r"""A basis of the other activations, and beside it a node for each that is kept apart.
+
+    The node of an activation v with gain g is $\hat v = g (v - \mathbb E v)$ and counts $g^2 \operatorname{Var} v$:
+    with $g^2 = M'_{vv}$ that is the $\Lambda$ of a basis of this one activation.
+
+    Args:
+        directions: A basis of the other activations and the constant, in their order.
+        moment: Second moment of all activations and the constant.
+        apart: Numbers of the activations that are kept apart.
+        gains: What each is multiplied with.
+        cutoff: Of those that count less there is no node.
+    """
+    first, size = int(directions.constant), len(moment)
+    others = [i for i in range(size) if i not in set(apart)]
+    mean = moment[list(apart), -1].double() * first
+    weight = gains.square() * (moment.diagonal()[list(apart)].double() - mean.square())
+    keep = ((weight >= cutoff) & (weight > 0)).nonzero().squeeze(1).tolist()
+    n = len(directions.weight)
+    C = torch.zeros(size, n + len(keep), dtype=torch.float64, device=moment.device)
+    C_pinv = torch.zeros(n + len(keep), size, dtype=torch.float64, device=moment.device)
+    C[others, :n], C_pinv[:n, others] = directions.C, directions.C_pinv
+    if first:  # the constant brings back the mean, of those without a node too
+        C_pinv[0, list(apart)] = mean
+    for node, k in enumerate(keep, start=n):
+        i, gain = apart[k], gains[k]
+        C[i, node], C_pinv[node, i] = gain, 1 / gain
+        if first:
+            C[-1, node] = -gain * mean[k]
+    every = torch.cat([directions.weight, weight[keep]])
+    order = every[first:].argsort(descending=True, stable=True) + first
+    order = torch.cat([torch.arange(first), order])
+    places = [int((order == node).nonzero()) for node in range(n, len(every))]
+    return Directions(
+        C[:, order], C_pinv[order], every[order], directions.constant, tuple(sorted(places))
+    )
 
 
 def integration_points(n: int, rule: Rule = "gauss") -> tuple[list[float], list[float]]:

@@ -24,6 +24,7 @@ from headwater.trace.indexed import Indexed
 from headwater.trace.influence import Influence
 
 _EFFECTS = 32  # completions of more tokens are told in so many stretches
+_COPIES = 4  # times as many are looked at where texts occur more than once, which are shown as one
 _EXCERPT = 300  # characters of an example in a ranking
 Partial = Callable[[str, Evidence], None]
 
@@ -91,10 +92,11 @@ def explain(
     method = influence or Influence(n_intervals=top)
     n_answers = len(queries) // 2 if contrast else len(queries)
     weights = torch.cat([torch.eye(n_answers), -torch.eye(n_answers)], dim=1) if contrast else None
-    method = (
-        method if method.keep is not None else replace(method, keep=max(top, method.n_intervals))
-    )
-    asked = _Asked(fit, queries, measurement, source, contrast, weights)
+    copies = _copies(fit.train)
+    if method.keep is None:
+        several = min(max(map(len, copies), default=1), _COPIES)
+        method = replace(method, keep=max(several * top, method.n_intervals))
+    asked = _Asked(fit, queries, measurement, source, contrast, weights, copies)
     rankings = [_ranking(asked, rival, top, progress) for rival in rivals]
 
     def told(scores: Scores, found: Mapping[int, _Found]) -> Evidence:
@@ -106,7 +108,8 @@ def explain(
 
     if partial is not None and isinstance(method, Cascade):
         method = replace(
-            method, watch=lambda scores: partial("index", told(scores.only(_ends(scores, top)), {}))
+            method,
+            watch=lambda scores: partial("index", told(scores.only(asked.ends(scores, top)), {})),
         )
     scores = method.attribute(
         fit,
@@ -121,7 +124,7 @@ def explain(
     )
     if partial is not None:
         partial("curvature", told(scores, {}))
-    numbers = [scores.index(i) for i in _ends(scores, top)]
+    numbers = [scores.index(i) for i in asked.ends(scores, top)]
     parts, _ = method.tokens(
         fit, queries, numbers, measurement=measurement, weights=weights, progress=progress
     )
@@ -134,14 +137,17 @@ def explain(
         for j, number in enumerate(numbers)
     }
     known = _readable(scores.facts) | {"n_heldout": 0 if control is None else len(control)}
+    if copies := scores.facts.get("copies", {}) | asked.told_copies(numbers):
+        known["copies"] = copies
     return replace(told(scores, found), facts=known | {"versions": versions()} | (facts or {}))
 
 
-def _ends(scores: Scores, top: int) -> list[int]:
-    """Columns of the strongest on either side of any query."""
-    return sorted(
-        {i for lowest in (False, True) for row in scores.top(top, lowest=lowest) for i in row}
-    )
+def _copies(train: Examples) -> list[list[int]]:
+    """Numbers of the training examples whose tokens are the same, for every text that is there more than once."""
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for i, tokens in enumerate(getattr(train, "input_ids", ())):
+        groups[tokens.numpy().tobytes()].append(i)
+    return [same for same in groups.values() if len(same) > 1]
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,30 @@ class _Asked:
     source: str | None
     contrast: bool
     weights: Tensor | None
+    copies: list[list[int]]
+
+    def strongest(self, scores: Scores, top: int, *, lowest: bool = False) -> list[list[int]]:
+        """Columns of the strongest of each query, of equal texts the strongest one."""
+        first = {i: same[0] for same in self.copies for i in same}
+        found = []
+        for row in scores.top(_COPIES * top, lowest=lowest):
+            distinct: dict[int, int] = {}
+            for i in row:
+                number = scores.index(i)
+                distinct.setdefault(first.get(number, number), i)
+            found.append(list(distinct.values())[:top])
+        return found
+
+    def ends(self, scores: Scores, top: int) -> list[int]:
+        """Columns of the strongest on either side of any query."""
+        sides = (self.strongest(scores, top, lowest=lowest) for lowest in (False, True))
+        return sorted({i for side in sides for row in side for i in row})
+
+    def told_copies(self, numbers: Sequence[int]) -> dict[str, list[str]]:
+        """Ids of the examples whose text is that of one that is shown, by its id."""
+        same = {i: group for group in self.copies for i in group}
+        ids = self.fit.train.ids
+        return {ids[n]: [ids[i] for i in same[n]] for n in numbers if n in same}
 
     def answer(
         self,
@@ -182,7 +212,7 @@ class _Asked:
         sides = [
             tuple(
                 _influencer(self.fit, scores, q, i, found.get(scores.index(i)))
-                for i in scores.top(top, lowest=not positive)[q]
+                for i in self.strongest(scores, top, lowest=not positive)[q]
                 if (float(scores.values[q, i]) > 0) == positive
             )
             for positive in (True, False)

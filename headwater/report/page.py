@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from headwater.core.files import write_bytes
+from headwater.core.files import ArtifactError, write_bytes
 from headwater.report.views import corpus
 from headwater.report.views import run as views
 
@@ -107,6 +107,7 @@ def embedded(run: str | Path, *, examples: int = EXAMPLES) -> dict[str, Any]:
             f" This file lists the {len(listed['rows']):,} of {listed['total']:,} examples that have the largest "
             "self-influence."
         )
+    timelines = [each["name"] for each in overview["timelines"]]
     wanted = [
         card["number"]
         for trace in traces.values()
@@ -126,10 +127,16 @@ def embedded(run: str | Path, *, examples: int = EXAMPLES) -> dict[str, Any]:
         "verifications": {
             each["id"]: views.verification(run, each["id"]) for each in overview["verifications"]
         },
-        "timelines": {
-            each["name"]: views.timeline(run, each["name"]) for each in overview["timelines"]
-        },
+        "timelines": {name: view for name in timelines if (view := _timeline(run, name))},
     }
+
+
+def _timeline(run: str | Path, name: str) -> dict[str, Any] | None:
+    """A timeline, if it can be read."""
+    try:
+        return views.timeline(run, name)
+    except ArtifactError:
+        return None
 
 
 def _examples(run: str | Path, numbers: list[int]) -> dict[str, dict[str, Any]]:

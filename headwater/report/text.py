@@ -240,7 +240,7 @@ def window(scores: Sequence[float], widths: Sequence[int], limit: int) -> tuple[
     return -best[1], best[2]
 
 
-_FOR_MACHINES = ("made_from", "options", "papers", "question")
+_FOR_MACHINES = ("copies", "made_from", "options", "papers", "question")
 
 
 def facts(evidence: Evidence) -> list[tuple[str, str]]:

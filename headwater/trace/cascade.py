@@ -203,7 +203,13 @@ class Cascade(Attributor):
         leaders = first.tolist()
         hidden = [scores.index(i) for i, a in enumerate(leaders) if a != i and a in set(chosen)]
         scores = scores.only(chosen)
-        return replace(scores, metadata=scores.metadata | {"copies": counts}), hidden
+        same = {
+            ids[a]: [ids[i] for i, leader in enumerate(leaders) if leader == a]
+            for a in set(chosen)
+            if leaders.count(a) > 1
+        }
+        facts = scores.facts | {"copies": same}
+        return replace(scores, metadata=scores.metadata | {"copies": counts}, facts=facts), hidden
 
     def _refined(
         self,

@@ -134,7 +134,7 @@ def test_models_of_halves_that_learned_nothing_are_told(report, folder, tmp_path
     assert not any("hardly learned" in text for text in report.facts["warnings"])
     idle = replace(TINY, recipe=(replace(TINY.recipe[0], lr=1e-6),), model=_against)
     facts = Bench(idle, tmp_path, replace(PLAN, subsets=20, seeds=1)).facts()
-    assert facts["halves_right"] == facts["right"] < 0.3  # they are all the initial model
+    assert facts["halves_right"] == facts["right"] < 0.25  # they are all the initial model
     assert any("have hardly learned" in text for text in facts["warnings"])
     facts["right"] = 0.0
     assert "answers 0.0 % of the queries" in markdown(replace(report, facts=facts))

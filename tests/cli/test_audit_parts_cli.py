@@ -69,6 +69,7 @@ def test_directions_that_do_nothing_are_counted_and_what_was_collected_is_kept(
     told = capsys.readouterr()
     expected = degeneracy(fitted)
     assert f"at least {expected.free:,} free directions" in told.out.replace("\n", " ")
+    assert f"{expected.passes:.1f} passes beyond the fit" in told.out and expected.passes > 1
     assert "--basis lib" in told.err
     kept = place / "run" / "structures" / "structure"
     assert [int(r["free"]) for r in rows(kept / "layers.csv")] == expected.table()["free"]
@@ -81,6 +82,7 @@ def test_directions_that_do_nothing_are_counted_and_what_was_collected_is_kept(
     monkeypatch.setattr(jacobian, "jacobian_moments", refuse)
     assert part(place, "structure", "--json") == 0
     told = json.loads(capsys.readouterr().out)
+    assert told["passes"] == pytest.approx(1 / 3)  # for the gates alone
     assert told["free"] == expected.free and told["parameters"] == expected.n_parameters
     with pytest.raises(AssertionError, match="collected again"):
         part(place, "structure", "--draws", "2")

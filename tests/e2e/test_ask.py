@@ -85,6 +85,7 @@ def test_from_a_prompt_to_a_verified_change(visit, server, tuned):
     assert span in said
 
     # The trace of it, stage by stage.
+    page.get_by_label("Totals by").fill("topic")
     with page.expect_request(
         lambda r: r.method == "POST" and r.url.endswith("/api/jobs")
     ) as posted:
@@ -111,7 +112,7 @@ def test_from_a_prompt_to_a_verified_change(visit, server, tuned):
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Changes").click()
     page.get_by_role("complementary", name="Change set").get_by_role(
-        "button", name="Verify"
+        "button", name="Verify", exact=True
     ).click()
     page.get_by_role("heading", name="Was the prediction right?").wait_for()
     rows = page.locator(".verified tbody tr:not(:first-child)")

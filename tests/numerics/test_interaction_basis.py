@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from headwater.numerics.interaction_basis import (
     integration_points,
     interaction_directions,
+    kept_apart,
     neuron_directions,
     principal,
+    principal_directions,
 )
 
 
@@ -72,3 +74,40 @@ def test_a_metric_of_zeros_is_refused():
     x = torch.randn(60, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="No direction matters"):
         interaction_directions(principal(moment(x)), torch.zeros(4, 4).double())
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_activations_kept_apart_are_nodes_of_their_own_and_the_others_a_basis_of_their_own(center):
+    g = torch.Generator().manual_seed(3)
+    x = (
+        torch.randn(80, 5, generator=g, dtype=torch.float64)
+        @ torch.randn(5, 5, generator=g).double()
+    )
+    x, apart = x + 2, [1, 4]
+    others = [0, 2, 3, 5]
+    whole, gains = moment(x), torch.tensor([0.5, 3.0]).double()
+    alone = principal_directions(principal(whole[others][:, others], center=center, cutoff=1e-12))
+    made = kept_apart(alone, whole, apart, gains)
+    f = torch.cat([x, torch.ones(80, 1).double()], 1)
+    hat = f @ made.C
+    torch.testing.assert_close(hat @ made.C_pinv, f)
+    assert len(made.apart) == 2 and made.constant == center
+    rest = [k for k in range(hat.shape[1]) if k not in made.apart]
+    torch.testing.assert_close(hat[:, rest], f[:, others] @ alone.C)
+    for node in made.apart:
+        (i,) = (made.C[:5, node] != 0).nonzero().squeeze(1).tolist()
+        gain = gains[apart.index(i)]
+        expected = gain * (x[:, i] - (x[:, i].mean() if center else 0))
+        torch.testing.assert_close(hat[:, node], expected)
+        assert float(made.weight[node]) == pytest.approx(float(expected.square().mean()))
+    assert bool((made.weight[int(center) :].diff() <= 0).all())
+
+
+def test_an_activation_apart_that_counts_nothing_has_no_node():
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 2] = 1.0  # does not vary
+    alone = principal_directions(principal(moment(x[:, :2])))
+    made = kept_apart(alone, moment(x), [2], torch.ones(1).double())
+    assert made.apart == () and made.n_nodes == 2
+    back = torch.cat([x, torch.ones(50, 1).double()], 1) @ made.C @ made.C_pinv
+    torch.testing.assert_close(back[:, 2], x[:, 2])  # the constant brings it back

@@ -82,6 +82,23 @@ def test_tokens_of_long_completions_are_told_in_stretches(fit, monkeypatch):
         assert sum(parts) == pytest.approx(influencer.score, rel=1e-4, abs=1e-9)
 
 
+def test_texts_that_occur_more_than_once_are_shown_once(fit):
+    twice = tokenize(
+        Records(ids=[f"t{i}" for i in range(9)], texts=[*TEXTS, TEXTS[0], TEXTS[0]]), tokenizer()
+    )
+    model = llama(layers=2).double()
+    options = {"layers": ["*proj"], "curvature": EKFAC(fisher="empirical"), "weight_decay": 0.01}
+    evidence = explain(
+        headwater.fit(model, twice, CausalLM(), **options), asked(" runs to the sea"), top=3
+    )
+    shown = [x for _, _, x in evidence.answers[0].ranked()]
+    texts = [x.text for x in shown]
+    assert len(set(texts)) == len(texts) == 6 and TEXTS[0] in texts
+    first = next(x.example_id for x in shown if x.text == TEXTS[0])
+    assert evidence.facts["copies"] == {first: ["t0", "t7", "t8"]}
+    assert "copies" not in explain(fit, asked(" runs"), top=2).facts
+
+
 def test_a_contrast_tells_the_effect_on_the_completion(fit):
     answer = explain(fit, asked(" runs", " stands"), contrast=True, top=2).answers[0]
     assert [len(x.query_scores) for _, _, x in answer.ranked()] == [1] * 4

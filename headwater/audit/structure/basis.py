@@ -40,6 +40,7 @@ from headwater.numerics.interaction_basis import (
     Rule,
     integration_points,
     interaction_directions,
+    kept_apart,
     neuron_directions,
     principal,
     principal_directions,
@@ -120,7 +121,8 @@ class InteractionBasis:
             "basis": self.basis,
             "facts": self.facts,
             "layers": [
-                [x.name, x.n_neurons, x.rank, x.n_rows, x.directions.constant] for x in self.layers
+                [x.name, x.n_neurons, x.rank, x.n_rows, x.directions.constant, x.directions.apart]
+                for x in self.layers
             ],
         }
         with ArtifactWriter(
@@ -137,9 +139,10 @@ class InteractionBasis:
         """Read what `save` wrote."""
         artifact = Artifact.open(folder, kind="interaction-basis")
         tensors, layers = dict(artifact.tensors()), []
-        for n, (name, n_neurons, rank, n_rows, constant) in enumerate(artifact.facts["layers"]):
+        for n, (name, n_neurons, rank, n_rows, *more) in enumerate(artifact.facts["layers"]):
+            constant, apart = more[0], tuple(more[1]) if len(more) > 1 else ()
             C, C_pinv, weight = (tensors[f"{n}/{part}"] for part in ("C", "C_pinv", "weight"))
-            directions = Directions(C, C_pinv, weight, constant)
+            directions = Directions(C, C_pinv, weight, constant, apart)
             layers.append(NodeLayer(name, directions, n_neurons, rank, n_rows))
         edges = [tensors[f"{n}/edges"] for n in range(len(layers)) if f"{n}/edges" in tensors]
         return cls(
@@ -325,18 +328,22 @@ def interaction_basis(
     moments, counts = find.moments()
     layers: list[NodeLayer] = []
     for number in reversed(range(len(sections.names))):
-        name, d = sections.names[number], len(moments[number]) - 1
+        name, d, moment = sections.names[number], len(moments[number]) - 1, moments[number]
         find.warn_if_few(name, d, counts[number])
-        found = find.principal(moments[number])
+        apart = find.apart[number]
+        found = find.principal(moment, apart)
         if basis == "neuron":
-            directions = neuron_directions(moments[number])
+            directions = neuron_directions(moment)
         elif basis == "pca" or name == OUTPUT:
             directions = principal_directions(found)
+            if apart:
+                ones = torch.ones(len(apart), dtype=torch.float64)
+                directions = kept_apart(directions, moment, apart, ones, cutoff=cutoff)
         else:
             after = layers[-1].directions
             sources = local if formula == "jacobian" else along
-            directions = find.interactions(number, found, after, sources, formula)
-        rank = len(found.D) - found.constant
+            directions = find.interactions(number, found, moment, after, sources, formula)
+        rank = len(found.D) - found.constant + len(apart)
         layers.append(NodeLayer(name, directions, d, rank, counts[number]))
     layers.reverse()
     matrices = None
@@ -394,6 +401,7 @@ class _Finder:
         self.cutoff, self.relative, self.progress = cutoff, relative, progress
         self.batches = fit.batches(examples)
         self.sweeps, self.backwards, self.passes = 0, 0, 0.0
+        self.apart: list[list[int]] = [[] for _ in sections.names]
 
     def over(self, note: str) -> Iterator[tuple[Tensor, Any, list[Activations]]]:
         """Keys, data and activations of each batch."""
@@ -426,26 +434,30 @@ class _Finder:
                         f"second moment does not fit; {_WIDEST - 1:,} do. Choose narrower node layers, or let the task "
                         "predict from fewer outputs."
                     )
+                self.apart[number] = self.sections.apart(number, layer)
                 rows = layer.rows().double()
                 sums[number] = sums[number] + rows.mT @ rows
                 counts[number] += len(rows)
         moments = [torch.as_tensor(s).cpu() / n for s, n in zip(sums, counts, strict=True)]
         return moments, counts
 
-    def principal(self, moment: Tensor) -> Principal:
+    def principal(self, moment: Tensor, apart: Sequence[int] = ()) -> Principal:
+        """Principal directions of the activations that are not kept apart."""
+        others = [i for i in range(len(moment)) if i not in set(apart)]
         options = {"center": self.center, "cutoff": self.cutoff, "relative": self.relative}
-        return principal(moment, **options)
+        return principal(moment[others][:, others], **options)
 
     def interactions(
         self,
         number: int,
         found: Principal,
+        moment: Tensor,
         after: Directions,
         sources: Sources,
         formula: Formula,
     ) -> Directions:
-        """The interaction basis of a node layer, from that of the next."""
-        single, n, size = formula == "(1-0)*alpha", 0, len(found.U)
+        """The interaction basis of a node layer, from that of the next; what is kept apart has nodes of its own."""
+        single, n, size = formula == "(1-0)*alpha", 0, len(moment)
         M, Lambda = (
             torch.zeros(size, size, dtype=torch.float64, device=self.sections.device)
             for _ in range(2)
@@ -466,14 +478,20 @@ class _Finder:
                 if single:
                     Lambda += rows.mT @ here.f.flatten(0, 1).double()
             n += here.n_positions
+        M, Lambda, apart = M.cpu() / n, Lambda.cpu() / n, self.apart[number]
+        others = [i for i in range(size) if i not in set(apart)]
         try:
-            return interaction_directions(
+            directions = interaction_directions(
                 found,
-                M.cpu() / n,
-                Lambda_prime=Lambda.cpu() / n if single else None,
+                M[others][:, others],
+                Lambda_prime=Lambda[others][:, others] if single else None,
                 cutoff=self.cutoff,
                 relative=self.relative,
             )
+            if apart:
+                gains = M.diagonal()[apart].sqrt()
+                directions = kept_apart(directions, moment, apart, gains, cutoff=self.cutoff)
+            return directions
         except ValueError as error:
             raise ValueError(f"Node layer {self.sections.names[number]!r}: {error}") from None
 

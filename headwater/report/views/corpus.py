@@ -359,9 +359,11 @@ def _read(run: str, stamps: Any) -> _Known:
 
 
 def _surveyed(run: Path) -> _Known | None:
+    """The survey; one that cannot be read counts as none."""
     try:
         artifact = Artifact.open(run / FOLDER, kind=KIND)
-    except ArtifactMissing:
+        table = artifact.table("examples").combine_chunks()
+    except ArtifactError:
         return None
     made = artifact.facts["facts"]
     cost = ", ".join(
@@ -375,7 +377,7 @@ def _surveyed(run: Path) -> _Known | None:
     told = f"Every training example, {made.get('self_influence', 'as the survey found it')}"
     told += f"; near-duplicates by {made['duplicates']}" if "duplicates" in made else ""
     return _Known(
-        table=artifact.table("examples").combine_chunks(),
+        table=table,
         told=f"{told}. The survey cost {cost}." if cost else f"{told}.",
         source_column=artifact.facts.get("source_column"),
         artifact=artifact,

@@ -47,7 +47,7 @@ def overview(run: str | Path) -> dict[str, Any]:
     run = Path(run)
     record = run_record(run)
     asked = record.get("fit") or {}
-    fit = _fit(run)
+    fit, damage = _fit(run)
     model = Path(str(asked.get("model", "")))
     named = traces(run)
     return harmless(
@@ -65,14 +65,14 @@ def overview(run: str | Path) -> dict[str, Any]:
                 "finetuned": (model / FINETUNE).is_file(),
             },
             "columns": corpus.columns(run),
-            "facts": _facts(run, record, fit),
+            "facts": [*damage, *_facts(run, record, fit)],
             "costs": _costs(run, record, fit),
             "spectrum": [] if fit is None else spectrum(run / "fit"),
             "coverage": _coverage(fit),
             "traces": named,
             "verifications": [
-                {"id": name, "title": _title(path, Verification.load(path))}
-                for name, path in _verifications(run).items()
+                {"id": name, "title": _title(path, found)}
+                for name, (path, found) in _readable(run).items()
             ],
             "timelines": [{"name": name} for name in _timelines(run)],
         }
@@ -321,11 +321,25 @@ def _kind(artifact: Artifact) -> str:
     return str(options.get("curvature", {}).get("kind", artifact.facts["curvature"]["kind"]))
 
 
-def _fit(run: Path) -> Artifact | None:
+def _fit(run: Path) -> tuple[Artifact | None, list[tuple[str, str]]]:
+    """The fit, if there is one that can be read, and else what is wrong with it."""
     try:
-        return Artifact.open(run / "fit", kind="fit")
+        return Artifact.open(run / "fit", kind="fit"), []
     except ArtifactMissing:
-        return None
+        return None, []
+    except ArtifactError as error:
+        return None, [("The fit cannot be read", text.shortened(str(error), CELL))]
+
+
+def _readable(run: Path) -> dict[str, tuple[Path, Verification]]:
+    """The verifications; a file that holds none is left out."""
+    found = {}
+    for name, path in _verifications(run).items():
+        try:
+            found[name] = path, Verification.load(path)
+        except (ArtifactError, TypeError, KeyError, AttributeError, ValueError):
+            continue
+    return found
 
 
 def _n_train(run: Path, fit: Artifact | None) -> int | None:
@@ -386,8 +400,8 @@ def _costs(run: Path, record: Mapping[str, Any], fit: Artifact | None) -> list[d
     if known is not None:
         passes, told = known.get("n_passes"), str(known.get("passes", ""))
         rows.append(_cost("survey", known.get("seconds"), None, passes, "" if passes else told))
-    for name, path in _verifications(run).items():
-        runs = Verification.load(path).facts.get("runs")
+    for name, (_, found) in _readable(run).items():
+        runs = found.facts.get("runs")
         told = "" if runs is None else f"{runs} trainings"
         rows.append(_cost(f"verification {name}", None, unit, told=told))
     return rows

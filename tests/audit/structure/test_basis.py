@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import headwater
-from headwater.audit.structure import InteractionBasis, interaction_basis
+from headwater.audit.structure import InteractionBasis, ablate, interaction_basis
 from headwater.audit.structure.basis import Sources, gradients, sections_of
 from headwater.core.curvature.jacobian import jacobian_moments
 from headwater.core.sections import Sections, Step, steps_of
@@ -275,6 +275,54 @@ def test_a_transformer_s_edges_are_the_paper_s_sums_over_positions(padded):
         summed = summed[scored]
     expected = summed.flatten(0, -3).mean(0)
     torch.testing.assert_close(found.edges[number], expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("basis", ["lib", "pca"])
+def test_the_variance_that_a_norm_divides_by_is_a_node_of_its_own(basis, tmp_path):
+    fit = gpt_fit(6)
+    steps, nodes = fit.model.steps(variance=True), ["blocks.0", "blocks.0.mlp", "norm"]
+    options = {"nodes": nodes, "steps": steps, "basis": basis, "cutoff": 1e-12}
+    found = interaction_basis(fit, **options)
+    sections = sections_of(fit, nodes, steps)  # checks that they make up the model
+    batch = fit.train.batch(range(6))
+    with sections.hooks():
+        layers = sections.forward(batch)
+    for number, layer in enumerate(found.layers[:-1]):
+        f, made = layers[number].f, layer.directions
+        assert f.shape[-1] == 8 + 1 + 1 and layer.n_neurons == 9  # stream, variance, constant
+        stream, variance = f[..., :8], f[..., 8]
+        torch.testing.assert_close(variance, stream.var(-1, correction=0))
+        (node,) = made.apart
+        others = [k for k in range(made.C.shape[1]) if k not in (0, node)]
+        assert bool((made.C[:8, node] == 0).all()) and bool((made.C[8, others] == 0).all())
+        assert made.weight[1:].tolist() == made.weight[1:].sort(descending=True).values.tolist()
+        hat = (f @ made.C)[..., node]
+        assert float(hat.mean()) == pytest.approx(0, abs=1e-12)
+        assert float(hat.square().mean()) == pytest.approx(float(made.weight[node]))
+        torch.testing.assert_close((f @ made.C @ made.C_pinv)[..., 8], variance)
+        if basis == "pca":
+            assert float(made.C[8, node]) == 1
+            continue
+        # Lambda of this one activation: its variance times the mean square of what the next nodes make of it
+        C = found.layers[number + 1].directions.C
+        C = C[:, int(found.layers[number + 1].directions.constant) :]
+        with sections.hooks():
+            J = torch.autograd.functional.jacobian(
+                lambda f, n=number, C=C: sections.run(n, f, layers[n], batch) @ C, f
+            )
+        expected = variance.var(correction=0) * J[..., 8].square().sum() / variance.numel()
+        assert float(made.weight[node]) == pytest.approx(float(expected), rel=1e-8)
+    found.save(tmp_path / "basis")
+    again = InteractionBasis.load(tmp_path / "basis")
+    assert [x.directions.apart for x in again.layers] == [x.directions.apart for x in found.layers]
+    # nothing is lost where nothing is left out
+    whole = ablate(fit, found, "nodes", steps=steps, metric="loss")
+    assert whole.curves[0].values[-1] == pytest.approx(whole.base, abs=1e-6)
+
+
+def test_without_steps_that_say_so_nothing_is_kept_apart():
+    found = interaction_basis(gpt_fit(6), nodes=["blocks.0", "norm"])
+    assert all(layer.directions.apart == () for layer in found.layers)
 
 
 def test_random_signs_over_positions_come_close_to_all_positions():

@@ -13,6 +13,7 @@ from headwater.report.views import run
 from headwater.trace.timeline import Timeline
 from headwater.training.verify import Verification
 from tests import runs
+from tests.report import samples
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +184,16 @@ def test_a_folder_without_a_record_is_no_run(tmp_path):
     with pytest.raises(ArtifactMissing, match="does not exist"):
         run.overview(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_damaged_is_told_or_left_out_and_the_rest_is_shown(tmp_path):
+    place = runs.plain_run(tmp_path / "run", n=16)
+    (place / "verify" / "trace" / "half.json").write_text('{"outcomes": [')
+    (place / "verify" / "trace" / "other.json").write_text("[1]")
+    (place / "corpus" / "table-00000.parquet").write_bytes(b"no table")
+    next((place / "fit").glob("*.safetensors")).write_bytes(b"short")
+    view = run.overview(place)
+    assert [v["id"] for v in view["verifications"]] == ["trace-0000000000000007"]
+    assert view["facts"][0][0] == "The fit cannot be read" and view["spectrum"] == []
+    assert not view["has"]["survey"] and view["n_train"] == samples.answer(0).n_train
+    assert {t["name"] for t in view["traces"]} == {"trace", "lava"}
