@@ -518,8 +518,13 @@ def _described(found: Verification) -> str:
 
 def _verdict(found: Verification) -> str:
     """What the comparison with the random control came to."""
-    won = found.beats_chance
+    won, further = found.beats_chance, found.exceeds_chance
     told = f"Predicted and actual change of {found.measurement} in nats, {found.protocol}."
+    if "change_set" in found.facts:
+        return (
+            f"{told} The changes moved {sum(further)} of {len(further)} measurements further than the same done to "
+            "others at random did."
+        )
     if not won:
         return told
     return (
