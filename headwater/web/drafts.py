@@ -7,6 +7,7 @@ from typing import Any
 from headwater.core.files import read_json, write_json
 from headwater.training.changes import ChangeSet
 from headwater.web.asks import Changes
+from headwater.web.folders import inside
 
 FILE = "changes.json"
 ABOUT = "about"  # what only the page knows of the examples, in its order
@@ -22,6 +23,7 @@ def save(run: Path, changes: Changes) -> dict[str, Any]:
 def load(run: Path) -> dict[str, Any]:
     """The draft as the page shows it; an empty one where there is none."""
     place = run / FILE
+    inside(run, place)
     if not place.is_file():
         return {"name": "changes", "changes": []}
     found, about = ChangeSet.load(place), read_json(place).get(ABOUT, {})
@@ -48,4 +50,5 @@ def load(run: Path) -> dict[str, Any]:
 def exported(run: Path) -> dict[str, Any]:
     """The draft as training and `headwater verify` take it."""
     place = run / FILE
+    inside(run, place)
     return asdict(ChangeSet.load(place) if place.is_file() else ChangeSet())

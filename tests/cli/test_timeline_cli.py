@@ -121,15 +121,15 @@ def test_a_damaged_timeline_is_made_again_and_a_half_drawn_plot_is_none(
 ):
     from matplotlib.figure import Figure
 
-    def killed(self, path, **options):
-        with open(path, "wb") as file:
-            file.write(b"half")
+    def killed(self, file, **options):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     words = ["timeline", run, *ASKED, "--name", "harmed", "--json"]
     with monkeypatch.context() as patch:
         patch.setattr(Figure, "savefig", killed)
         assert main(words) == 130
+    assert not list((place / "tuned run" / "timelines" / "harmed").glob("*.png"))
     assert main(words) == 0
     folder = place / "tuned run" / "timelines" / "harmed"
     assert (folder / "timeline.png").read_bytes()[1:4] == b"PNG"

@@ -270,7 +270,7 @@ def _spectrum(fit: str, stamp: Any) -> tuple[dict[str, Any], ...]:
 def points(values: Float[Tensor, " n"]) -> tuple[list[tuple[float, float]], str]:
     """A curve of eigenvalues, the largest first: share of the rank and log₁₀, and what it tells in words.
 
-    Ranks are spaced by their logarithm, at most some sixty of them.
+    Half of at most sixty ranks are evenly spaced, half by their logarithm.
 
     Example:
         >>> points(torch.tensor([1.0, 100.0, 0.0]))[0]
@@ -282,14 +282,16 @@ def points(values: Float[Tensor, " n"]) -> tuple[list[tuple[float, float]], str]
     positive = ordered[ordered > max(floor, 0.0)]
     if not len(positive):
         return [], f"all of {n:,} eigenvalues are zero"
-    ranks = torch.logspace(0, math.log10(len(positive)), _POINTS, dtype=torch.float64)
-    chosen = ranks.round().long().clamp(1, len(positive)).unique().tolist()
+    last, half = len(positive), _POINTS // 2
+    ranks = torch.logspace(0, math.log10(last), half, dtype=torch.float64)
+    even = torch.linspace(1, last, half, dtype=torch.float64)
+    chosen = torch.cat([ranks, even]).round().long().clamp(1, len(positive)).unique().tolist()
     curve = [(round(r / n, 4), round(math.log10(float(positive[r - 1])), 3)) for r in chosen]
     share = positive.cumsum(0) / positive.sum()
-    half = int((share < 0.5).sum()) + 1
+    most = int((share < 0.5).sum()) + 1
     told = (
         f"{n:,} eigenvalues from {float(positive[0]):.2g} down to {float(positive[-1]):.2g}; "
-        f"the largest {half:,} make up half of their sum"
+        f"the largest {most:,} make up half of their sum"
     )
     if len(positive) < n:
         told += f"; {n - len(positive):,} are zero, or so by rounding"
@@ -516,8 +518,13 @@ def _described(found: Verification) -> str:
 
 def _verdict(found: Verification) -> str:
     """What the comparison with the random control came to."""
-    won = found.beats_chance
+    won, further = found.beats_chance, found.exceeds_chance
     told = f"Predicted and actual change of {found.measurement} in nats, {found.protocol}."
+    if "change_set" in found.facts:
+        return (
+            f"{told} The changes moved {sum(further)} of {len(further)} measurements further than the same done to "
+            "others at random did."
+        )
     if not won:
         return told
     return (
