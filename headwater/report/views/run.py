@@ -23,6 +23,7 @@ from headwater.report import text
 from headwater.report.views import corpus
 from headwater.report.views.answer import CELL, NAME, Named, harmless, minus, trace_view
 from headwater.trace.timeline import Timeline
+from headwater.training.changes import ChangeSet
 from headwater.training.trajectory import FILE as TRAJECTORY
 from headwater.training.verify import Verification
 
@@ -217,36 +218,34 @@ def timeline_view(found: Timeline, name: str = "", column: str | None = None) ->
 
 
 def changes(run: str | Path) -> dict[str, Any] | None:
-    """The draft of a change set, change by change; None where there is none."""
+    """The draft of a change set, change by change; None where there is none.
+
+    Raises:
+        ArtifactDamaged: The file is no change set.
+    """
     path = Path(run) / CHANGES
     if not path.is_file():
         return None
-    found = read_json(path)
-    if not isinstance(found, dict):
-        return None
-    about = found.get("about")
-    about = about if isinstance(about, dict) else {}
-    weights = found.get("weights") or {}
+    found, about = ChangeSet.load(path), read_json(path).get("about")
+    about = about if isinstance(about, dict) else {}  # what only the page knows, in its order
     made = {
-        **{name: {"action": "remove"} for name in found.get("remove") or ()},
+        **{name: {"action": "remove"} for name in found.remove},
+        **{name: {"action": "relabel", "label": str(v)} for name, v in found.relabel.items()},
+        **{name: {"action": "keep"} for name in found.keep},
         **{
-            name: {"action": "relabel", "label": str(label)}
-            for name, label in (found.get("relabel") or {}).items()
-        },
-        **{name: {"action": "keep"} for name in found.get("keep") or ()},
-        **{
-            name: {"action": "duplicate" if weight == 2 else "upweight", "weight": weight}
-            for name, weight in weights.items()
+            name: {"action": "duplicate" if v == 2 else "upweight", "weight": v}
+            for name, v in found.weights.items()
         },
     }
-    place = corpus.numbers(run)
+    order, place = {name: i for i, name in enumerate(about)}, corpus.numbers(run)
     listed = []
-    for name, change in made.items():
-        known = about.get(name)
-        note = known.get("note") if isinstance(known, dict) else None
+    for name in sorted(made, key=lambda each: order.get(each, len(order))):
+        known = about[name] if isinstance(about.get(name), dict) else {}
+        note, number = known.get("note"), known.get("number")
         told = {"note": note} if isinstance(note, str) else {}
-        listed.append({"id": Named(name), "number": place.get(name), **change, **told})
-    return harmless({"name": str(found.get("name", "changes")), "changes": listed})
+        number = place.get(name, number if isinstance(number, int) else None)
+        listed.append({"id": Named(name), "number": number, **made[name], **told})
+    return harmless({"name": found.name, "changes": listed})
 
 
 def spectrum(fit: str | Path) -> list[dict[str, Any]]:
