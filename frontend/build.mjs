@@ -14,7 +14,9 @@ const LIMIT = 1024 * 1024;
 const sources = [...["build.mjs", "index.html", "package.json", "package-lock.json", "tsconfig.json", LOOK], ...files("src")].sort();
 const digest = createHash("sha256");
 for (const name of sources) digest.update(`${name}\0`).update(readFileSync(join(here, name))).update("\0");
-const banner = `/* Headwater's evidence page. Sources: frontend, sha256 ${digest.digest("hex")}. Licenses: LICENSES.txt. */`;
+const made = `/* Headwater's evidence page. Sources: frontend, sha256 ${digest.digest("hex")}. */`;
+const licensed = licenses(); // stands in the script too, as an exported file holds nothing else
+if (licensed.includes("*/")) throw new Error("a license ends the comment it stands in");
 
 mkdirSync(out, { recursive: true });
 await build({
@@ -29,7 +31,7 @@ await build({
   jsxImportSource: "preact",
   charset: "ascii",
   legalComments: "none",
-  banner: { js: banner },
+  banner: { js: `${made}\n/*\n${licensed}*/` },
   define: { "process.env.NODE_ENV": '"production"' },
 });
 const look = readFileSync(join(here, LOOK), "utf8") + readFileSync(join(here, "src/app.css"), "utf8");
@@ -40,10 +42,10 @@ await build({
   target: ["chrome111", "firefox113", "safari16.4"],
   charset: "utf8",
   legalComments: "none",
-  banner: { css: banner },
+  banner: { css: made },
 });
 copyFileSync(join(here, "index.html"), join(out, "index.html"));
-writeFileSync(join(out, "LICENSES.txt"), licenses());
+writeFileSync(join(out, "LICENSES.txt"), licensed);
 
 let total = 0;
 for (const name of ["app.js", "app.css", "index.html", "LICENSES.txt"]) {

@@ -4,10 +4,10 @@ import { Guide } from "./evidence";
 import { JobView } from "./jobs";
 import { address, route, turn } from "./route";
 import { attempt, follow, jobs, provider, readRun, readTrace, start } from "./store";
-import { inCharacters, visible } from "./text";
+import { inCharacters, inUnits, visible } from "./text";
 import type { Job, RunOverview, Trace } from "./types";
 import { Check, Choice, Command, Empty, Title } from "./ui";
-import { spanOf, Words, type Chosen } from "./words";
+import { chosenIn, spanOf, Words, type Chosen } from "./words";
 
 export function AskPage(props: { run: RunOverview }) {
   return (
@@ -57,8 +57,11 @@ function Form(props: { run: RunOverview }) {
     setTracing(id);
     const asked = jobs.value[id]?.job.asked;
     if (asked) {
+      const said = String(asked.completion ?? "");
       setPrompt(String(asked.prompt ?? ""));
-      setCompletion(String(asked.completion ?? ""));
+      setCompletion(said);
+      choose(Array.isArray(asked.span) ? chosenIn(said, inUnits(said, asked.span as [number, number])) : null);
+      if (typeof asked.rather_than === "string") setRather(asked.rather_than);
     }
   }, [route.value.query.job]);
 

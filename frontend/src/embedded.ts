@@ -7,6 +7,7 @@ const NO_SERVER = "This file holds saved results; a new question needs `headwate
 /** The data that stand in the page itself. Nothing is asked of any network. */
 export class EmbeddedProvider implements Provider {
   readonly live = false;
+  private readonly key = `headwater-changes ${location.pathname}`;
   private order: { key: string; rows: CorpusRow[] } | null = null;
 
   constructor(private readonly data: Embedded, private readonly storage: Storage | null) {}
@@ -26,12 +27,12 @@ export class EmbeddedProvider implements Provider {
   }
 
   async changes(): Promise<ChangeSet> {
-    const kept = this.storage?.getItem("headwater-changes");
+    const kept = this.storage?.getItem(this.key);
     return kept ? (JSON.parse(kept) as ChangeSet) : (this.data.changes ?? { name: "changes", changes: [] });
   }
 
   async save(changes: ChangeSet): Promise<void> {
-    this.storage?.setItem("headwater-changes", JSON.stringify(changes));
+    this.storage?.setItem(this.key, JSON.stringify(changes));
   }
 
   async exported(changes: ChangeSet): Promise<Blob> {

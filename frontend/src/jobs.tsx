@@ -15,7 +15,7 @@ export function JobView(props: { job: Job }) {
         {going && <button type="button" class="quiet" onClick={() => void attempt(() => provider.cancel(job.id))}>Cancel</button>}
       </div>
       <Progress job={job} />
-      {going && <p class="soft small num" role="status">{job.progress?.note || (job.state === "queued" ? "Waiting for its turn." : "Starting …")}</p>}
+      {going && <p class="soft small num">{job.progress?.note || (job.state === "queued" ? "Waiting for its turn." : "Starting …")}</p>}
       {job.stages.length > 0 && (
         <ol class="stages">{job.stages.map((stage) => <li key={stage.name}><b>{stage.name}</b> <span>{stage.told}</span></li>)}</ol>
       )}

@@ -15,7 +15,7 @@ export function Marks(props: { of: { id: string; number: number | null; title: s
   const [value, set] = useState("2");
   const field = useRef<HTMLInputElement>(null);
   useEffect(() => field.current?.select(), [asking]);
-  const labelled = run.value?.task.includes("classif") ?? false;
+  const labelled = run.value?.task.toLowerCase().includes("classif") ?? false;
   const submit = (event: Event) => {
     event.preventDefault();
     const number = Number(value);

@@ -35,6 +35,12 @@ export function inCharacters(text: string, units: [number, number]): [number, nu
   return [[...text.slice(0, units[0])].length, [...text.slice(0, units[1])].length];
 }
 
+/** The reverse of `inCharacters`. */
+export function inUnits(text: string, characters: [number, number]): [number, number] {
+  const all = [...text];
+  return [all.slice(0, characters[0]).join("").length, all.slice(0, characters[1]).join("").length];
+}
+
 /** A number with a true minus sign, in few digits. */
 export function figure(value: number | null | undefined, digits = 3): string {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";

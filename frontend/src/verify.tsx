@@ -2,7 +2,7 @@ import { useEffect } from "preact/hooks";
 import { PredictedActual } from "./charts";
 import { JobView } from "./jobs";
 import { address, route } from "./route";
-import { jobs, provider, readRun } from "./store";
+import { attempt, jobs, provider, readRun } from "./store";
 import type { RunOverview, Verification, VerificationRow } from "./types";
 import { Await, Command, Empty, Facts, Title, useLoad } from "./ui";
 
@@ -10,7 +10,7 @@ export function VerifyPage(props: { run: RunOverview }) {
   const all = Object.values(jobs.value).map((f) => f.job).filter((job) => job.kind === "verify");
   const shown = all.filter((job) => job.state !== "done");
   const finished = all.filter((job) => job.state === "done").length;
-  useEffect(() => void (finished && readRun()), [finished]);
+  useEffect(() => void (finished && attempt(async () => void (await readRun()))), [finished]);
   const id = route.value.path[1] ?? props.run.verifications.at(-1)?.id;
   return (
     <>

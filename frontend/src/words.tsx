@@ -82,6 +82,13 @@ export function spanOf(text: string, chosen: Chosen): [number, number] | null {
   return [first.start + gap(first).length, last.stop];
 }
 
+/** The words that a stretch of the text touches. */
+export function chosenIn(text: string, span: [number, number]): Chosen {
+  const touched = words(text).flatMap((word, i) => (word.start + gap(word).length < span[1] && word.stop > span[0] ? [i] : []));
+  const [first, last] = [touched[0], touched.at(-1)];
+  return first === undefined || last === undefined ? null : [first, last];
+}
+
 function gap(word: Word): string {
   return word.text.slice(0, word.text.length - word.text.trimStart().length);
 }

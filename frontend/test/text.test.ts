@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { decimals, figure, fixed, inCharacters, signed, visible, words } from "../src/text";
+import { decimals, figure, fixed, inCharacters, inUnits, signed, visible, words } from "../src/text";
 
 test("words put together are the text, whatever the script", () => {
   for (const text of [" It is the  largest city.", "阿姆斯特丹是荷兰的首都。", "\n\n a\u00a0b ", "עִבְרִית ok", "👩‍👩‍👧 family", ""]) {
@@ -16,6 +16,7 @@ test("only white space has no words", () => assert.deepEqual(words("  \n"), []))
 test("positions are counted in characters, of which an emoji is one", () => {
   assert.deepEqual(inCharacters("a👍b", [3, 4]), [2, 3]);
   assert.deepEqual(inCharacters("abc", [1, 2]), [1, 2]);
+  assert.deepEqual(inUnits("a👍b", [2, 3]), [3, 4]);
 });
 
 test("characters that steer are shown by name", () => {

@@ -123,7 +123,7 @@ def embedded(run: str | Path, *, examples: int = EXAMPLES) -> dict[str, Any]:
         "traces": traces,
         "corpus": listed | {"summary": summary},
         "examples": _examples(run, [n for n in dict.fromkeys(wanted) if n is not None]),
-        "changes": views.changes(run),
+        "changes": _changes(run),
         "verifications": {
             each["id"]: views.verification(run, each["id"]) for each in overview["verifications"]
         },
@@ -135,6 +135,14 @@ def _timeline(run: str | Path, name: str) -> dict[str, Any] | None:
     """A timeline, if it can be read."""
     try:
         return views.timeline(run, name)
+    except ArtifactError:
+        return None
+
+
+def _changes(run: str | Path) -> dict[str, Any] | None:
+    """The draft of a change set, if it can be read."""
+    try:
+        return views.changes(run)
     except ArtifactError:
         return None
 

@@ -62,13 +62,10 @@ def _compare(found: Verification, console: Console) -> None:
 
 def _beside_chance(found: Verification, console: Console) -> None:
     """How often a change set moved a completion further than the like done to others at random, either way."""
-    further, n = 0, 0
-    for _, rows in _by_query(found.outcomes):
-        moved = {o.control: abs(o.actual) for o in rows}
-        further, n = further + (moved[False] > moved[True]), n + 1
+    further = found.exceeds_chance
     text = (
-        f"{found.facts['change_set']}: moved {further} of {n} measurements further than the same done to others at "
-        "random did."
+        f"{found.facts['change_set']}: moved {sum(further)} of {len(further)} measurements further than the same done "
+        "to others at random did."
     )
     console.print(Text(text, style="bold"))
 

@@ -143,6 +143,14 @@ class Verification(Shown):
         ]
         return [top < chance for top, chance in pairs if top is not None and chance is not None]
 
+    @property
+    def exceeds_chance(self) -> list[bool]:
+        """For each query, whether the first change moved it further, up or down, than the random one did."""
+        moved: dict[str, dict[bool, float]] = {}
+        for o in self.outcomes:
+            moved.setdefault(o.query_id, {}).setdefault(o.control, abs(o.actual))
+        return [each[False] > each[True] for each in moved.values() if len(each) == 2]
+
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
         write_json(Path(path), asdict(self))

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from headwater.core.evidence import plain
 from headwater.core.files import ArtifactError, read_json, write_json
+from headwater.report.text import visible
 from headwater.web.asks import Ask
 
 MOST_WAITING, MOST_KEPT, MOST_SHOWN = 8, 50, 100
@@ -98,6 +99,9 @@ class Job:
             return self.asked
         told = {"name": changes["name"], "n_changes": len(changes["changes"])}
         return self.asked | {"changes": told}
+
+
+_JOB: TypeAdapter[Job] = TypeAdapter(Job)
 
 
 class Jobs:
@@ -196,18 +200,14 @@ def _read(path: Path) -> Job | None:
         if path.is_symlink() or not _NAME.fullmatch(path.stem):
             raise ValueError("its name is not that of a job")
         content = read_json(path)
-        job = Job(**content)
+        Job(**content)  # refuses fields that are unknown
+        job = _JOB.validate_python(content)
         ask = ASKS.validate_python(job.asked)
-        whole = (
-            job.id == path.stem
-            and job.kind == ask.kind
-            and job.state in ("queued", "running", *ENDED)
-            and type(job.deaths) is type(job.attempts) is int
-        )
-        if not whole:
+        if job.id != path.stem or job.kind != ask.kind or "live" in content:
             raise ValueError("its fields are not those of a job")
+        job.title, job.error = ask.title, job.error and visible(job.error)
         return job
     except (ArtifactError, OSError, TypeError, ValueError) as error:  # pydantic's are ValueErrors
-        problem = "what it asks is no request" if isinstance(error, ValidationError) else error
+        problem = "it holds no job" if isinstance(error, ValidationError) else error
         print(f"headwater: {path} is left alone: {problem}.", file=sys.stderr)
         return None

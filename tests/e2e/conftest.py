@@ -11,12 +11,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from headwater.core.evidence import Evidence, Ranking
 from tests import runs
 
 # Only what the tests ask for: no other window, no connection of the browser's own.
@@ -162,7 +163,24 @@ def visit(browser):
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory) -> Path:
     """A run folder with everything in it, made without training."""
-    return runs.plain_run(tmp_path_factory.mktemp("plain") / "run")
+    run = runs.plain_run(tmp_path_factory.mktemp("plain") / "run")
+    _compared(Evidence.load(run / "traces" / "lava")).save(run / "traces" / "compared")
+    return run
+
+
+def _compared(evidence: Evidence) -> Evidence:
+    """The same evidence beside another ranking and one that could not be made, with heat on the completion."""
+    (answer,) = evidence.answers
+    listed = [replace(i, tokens=(i.text[:80],), token_scores=()) for _, _, i in answer.ranked()]
+    n = len(answer.completion_tokens)
+    told = tuple(0.1 * (-1) ** k for k in range(n))
+    rankings = (
+        Ranking(method="BM25", about="shared words", examples=(listed[2], listed[5], listed[0])),
+        Ranking(method="embedding", about="hidden states", skipped="it needs the model"),
+    )
+    first = replace(answer.raised[0], query_scores=told)
+    answer = replace(answer, raised=(first, *answer.raised[1:]), rankings=rankings)
+    return replace(evidence, answers=(answer,))
 
 
 @pytest.fixture(scope="session")

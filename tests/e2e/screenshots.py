@@ -76,9 +76,11 @@ def _pages(take: Camera) -> None:
     for suffix, options in looks.items():
         for page in PAGES:
             take(f"{page}{suffix}", take.open(page, **options))
-    page = take.open("evidence")
-    page.locator(".compare, .totals").first.scroll_into_view_if_needed()
-    take("evidence-below", page)
+    for name, part in (("answer", ".answer"), ("totals", ".totals"), ("methods", ".compare")):
+        page = take.open("evidence", viewport={"width": 1240, "height": 1120})
+        if page.locator(part).count():
+            page.locator(part).first.evaluate("part => scrollTo(0, part.offsetTop - 16)")
+            take(f"evidence-{name}", page)
     page = take.open("evidence")
     page.emulate_media(media="print")
     page.pdf(path=take.out / "evidence-printed.pdf", print_background=True)

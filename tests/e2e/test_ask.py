@@ -152,7 +152,7 @@ def test_a_survey_is_started_from_the_page(visit, server):
     page = visit(server, "corpus")
     page.get_by_role("button", name="Survey it").click()
     page.locator(".chart-svg").first.wait_for(timeout=SLOW)
-    expect(page.locator(".all [role=status]")).to_have_text("12 examples")
+    expect(page.locator(".all p[role=status]")).to_have_text("12 examples")
 
 
 def test_a_page_without_its_token_says_how_to_get_it(visit, server):

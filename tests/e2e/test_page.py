@@ -98,22 +98,37 @@ def test_every_control_shows_its_focus_and_the_content_can_be_skipped_to(visit, 
 
 
 def test_methods_stand_next_to_one_another_and_what_they_share_is_marked(visit, place):
-    page = visit(place, "evidence/lava")
+    page = visit(place, "evidence/compared")
     columns = page.locator(".ranking")
-    if columns.count() == 0:
-        pytest.skip("this run keeps no rankings of other methods")
-    tops = {round(c.bounding_box()["y"]) for c in columns.all()}
-    assert len(tops) == 1 < columns.count()
+    assert len({round(c.bounding_box()["y"]) for c in columns.all()}) == 1
     listed = [
-        set(c.locator("[data-example]").evaluate_all("rows => rows.map(r => r.dataset.example)"))
+        c.locator("li").evaluate_all("rows => rows.map(r => r.dataset.example)")
         for c in columns.all()
     ]
+    assert len(listed[0]) > 3 and [len(ids) for ids in listed[1:]] == [3, 0]
     for i, column in enumerate(columns.all()):
         others = set().union(*listed[:i], *listed[i + 1 :])
-        shared = column.locator("li.shared").evaluate_all(
+        marked = column.locator("li.shared").evaluate_all(
             "rows => rows.map(r => r.dataset.example)"
         )
-        assert set(shared) == listed[i] & others
+        assert set(marked) == set(listed[i]) & others
+    assert columns.nth(2).get_by_text("it needs the model").is_visible()
+    shared = columns.nth(0).locator("li.shared").first
+    shared.hover()
+    assert page.locator("li.pointed").count() == 2  # in both columns
+    shared.get_by_role("button").click()
+    page.get_by_role("dialog").locator(".full").wait_for()
+
+
+def test_what_an_example_did_to_each_token_of_the_completion_is_shown(visit, place):
+    page = visit(place, "evidence/compared")
+    first = page.locator(".card").first
+    first.get_by_role("button", name="Details").click()
+    effect = first.locator(".effect")
+    completion = page.locator(".asked .completion").inner_text()
+    assert "".join(effect.inner_text().split()) == "".join(completion.split())
+    assert effect.locator("mark[class^=u]").count() and effect.locator("mark[class^=d]").count()
+    assert first.locator(".carried li").count() and first.locator(".pairs tr").count()
 
 
 def test_marks_are_collected_undone_and_exported(visit, place, tmp_path):
@@ -154,7 +169,7 @@ def test_the_training_data_are_searched_sorted_and_opened(visit, place):
     page = visit(place, "corpus")
     rows = page.locator(".list-inner [data-row]")
     rows.first.wait_for()
-    told = page.locator(".all [role=status]")
+    told = page.locator(".all p[role=status]")
     expect(told).to_have_text("48 examples")
     page.get_by_role("combobox", name="Sort by").select_option("self_influence")
     expect(rows.first).to_have_attribute("data-row", "5")
@@ -202,6 +217,7 @@ def test_the_run_tells_its_spectrum_coverage_and_costs(visit, place):
     assert page.locator("path.spectrum.picked").count() == 1
     page.get_by_role("link", name="timeline").click()
     page.get_by_role("heading", name="When it was learnt").wait_for()
+    settle(page)
     assert page.locator(".timeline").count() == 2
     assert page.title().startswith("When it was learnt")
 

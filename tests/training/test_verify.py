@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headwater.core.scores import Scores
-from headwater.training.verify import Change, Verification, changes, verify
+from headwater.training.verify import Change, Outcome, Verification, changes, verify
 
 N, Q = 12, 3
 
@@ -166,3 +166,28 @@ def test_choices_that_make_no_sense_are_refused():
         changes(scores(), k=0)
     with pytest.raises(ValueError, match="There are 3 queries, from 0; got 3"):
         changes(scores(), queries=[0, 3])
+
+
+def test_a_change_exceeds_chance_by_how_far_it_moves_and_not_by_where_to():
+    def outcome(query: str, control: bool, actual: float) -> Outcome:
+        return Outcome(
+            query_id=query,
+            change="random" if control else "2 weighted (mine)",
+            control=control,
+            n_changed=2,
+            predicted=0.0,
+            actual=actual,
+            before=0.0,
+        )
+
+    moved = {"up": (2.0, -1.0), "down": (-2.0, 1.0), "less": (0.5, -1.0)}
+    outcomes = [
+        outcome(query, control, actual)
+        for query, pair in moved.items()
+        for control, actual in zip((False, True), pair, strict=True)
+    ]
+    alone = outcome("alone", False, 1.0)
+    found = Verification(
+        outcomes=(*outcomes, alone), measurement="log_prob", protocol="same run", facts={}
+    )
+    assert found.exceeds_chance == [True, True, False] and found.beats_chance == []

@@ -231,6 +231,14 @@ def test_old_jobs_that_have_ended_are_forgotten(run):
     assert len(list((run / "jobs").glob("*.json"))) == MOST_KEPT + 1
 
 
+def test_what_a_file_says_of_a_job_is_made_harmless(run):
+    kept = Jobs(run / "jobs").add(Complete(kind="complete", prompt="a\u202eb"))
+    path = run / "jobs" / f"{kept.id}.json"
+    path.write_text(json.dumps(kept.to_json() | {"title": "\x1b[31m", "error": "x\u202ey"}))
+    job = Jobs(run / "jobs")[kept.id]
+    assert job.title == kept.title == "Complete “a⟨RLO⟩b”" and job.error == "x⟨RLO⟩y"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -238,6 +246,10 @@ def test_old_jobs_that_have_ended_are_forgotten(run):
         {"asked": {"kind": "complete", "prompt": "x", "more": 1}},
         {"state": "lost"},
         {"attempts": "many"},
+        {"stages": [1]},
+        {"result": "x"},
+        {"live": {"text": "x"}},
+        {"kind": "trace"},
         {"unknown": 1},
     ],
 )

@@ -265,6 +265,20 @@ def test_infinite_weights_are_refused(empty):
     assert not (empty / "changes.json").exists()
 
 
+def test_a_draft_that_is_a_link_out_of_the_run_is_refused_and_not_written_through(
+    empty, tmp_path_factory
+):
+    outside = tmp_path_factory.mktemp("outside") / "changes.json"
+    ChangeSet(name=SECRET).save(outside)
+    kept = outside.read_bytes()
+    (empty / "changes.json").symlink_to(outside)
+    for path in ("/api/changes", "/api/changes/export"):
+        answer = asking(empty, "GET", path)
+        assert answer.status_code == 403 and SECRET not in answer.text
+    assert asking(empty, "PUT", "/api/changes", json=CHANGES).status_code == 200
+    assert outside.read_bytes() == kept and not (empty / "changes.json").is_symlink()
+
+
 def test_a_draft_that_somebody_broke_is_told(empty):
     (empty / "changes.json").write_text('{"remove": 3}')
     answer = asking(empty, "GET", "/api/changes")

@@ -42,6 +42,7 @@ class _Known:
         artifact: The survey, or None where there is none.
         texts: Texts of examples by number, where there is no survey.
         metadata: Their metadata, likewise.
+        numbered: Whether the numbers are those of the training data, not of a list of some of them.
     """
 
     table: Any
@@ -50,6 +51,7 @@ class _Known:
     artifact: Artifact | None = None
     texts: Mapping[int, str] = field(default_factory=dict)
     metadata: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    numbered: bool = True
     _orders: dict[tuple[str, bool], np.ndarray] = field(default_factory=dict)
     _found: dict[Any, np.ndarray] = field(default_factory=dict)
     _parts: dict[tuple[str, int], Any] = field(default_factory=dict)
@@ -314,8 +316,8 @@ def numbers(run: str | Path) -> Mapping[str, int]:
 @lru_cache(maxsize=4)
 def _numbers(run: str, stamps: Any) -> Mapping[str, int]:
     known = _known(run)
-    if known.artifact is None and known.texts:
-        return {}  # numbers of a list of traced examples say nothing elsewhere
+    if not known.numbered:
+        return {}
     pairs = zip(
         known.table.column("id").to_pylist(),
         known.table.column("number").to_pylist(),
@@ -366,19 +368,14 @@ def _surveyed(run: Path) -> _Known | None:
     except ArtifactError:
         return None
     made = artifact.facts["facts"]
-    cost = ", ".join(
-        str(part)
-        for part in (
-            made.get("passes"),
-            text.duration(made["seconds"]) if "seconds" in made else None,
-        )
-        if part
-    )
-    told = f"Every training example, {made.get('self_influence', 'as the survey found it')}"
-    told += f"; near-duplicates by {made['duplicates']}" if "duplicates" in made else ""
+    told = f"Every training example; self-influence {made.get('self_influence', 'as it was found')}"
+    told += f"; near-duplicates by {made['duplicates']}." if "duplicates" in made else "."
+    if "seconds" in made:
+        told += f" The survey took {text.duration(made['seconds'])}"
+        told += f" (passes over the data: {made['passes']})." if "passes" in made else "."
     return _Known(
         table=table,
-        told=f"{told}. The survey cost {cost}." if cost else f"{told}.",
+        told=told,
         source_column=artifact.facts.get("source_column"),
         artifact=artifact,
     )
@@ -423,6 +420,7 @@ def _traced(run: Path) -> _Known:
         told,
         [(n, i, metadata, content, None) for n, (i, (content, metadata)) in enumerate(found)],
         texts={n: content for n, (_, (content, _)) in enumerate(found)},
+        numbered=False,
     )
 
 
@@ -441,6 +439,7 @@ def _listed(
     known: Sequence[tuple[int, str, dict[str, Any], str, float | None]],
     *,
     texts: Mapping[int, str],
+    numbered: bool = True,
 ) -> _Known:
     import pyarrow as pa
 
@@ -464,7 +463,14 @@ def _listed(
             "n_copies": pa.array(empty, pa.int64()),
         }
     )
-    return _Known(table=table, told=told, source_column=source, texts=texts, metadata=metadata)
+    return _Known(
+        table=table,
+        told=told,
+        source_column=source,
+        texts=texts,
+        metadata=metadata,
+        numbered=numbered,
+    )
 
 
 def _evidence(run: Path) -> list[Evidence]:

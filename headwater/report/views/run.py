@@ -23,6 +23,7 @@ from headwater.report import text
 from headwater.report.views import corpus
 from headwater.report.views.answer import CELL, NAME, Named, harmless, minus, trace_view
 from headwater.trace.timeline import Timeline
+from headwater.training.changes import ChangeSet
 from headwater.training.trajectory import FILE as TRAJECTORY
 from headwater.training.verify import Verification
 
@@ -217,36 +218,34 @@ def timeline_view(found: Timeline, name: str = "", column: str | None = None) ->
 
 
 def changes(run: str | Path) -> dict[str, Any] | None:
-    """The draft of a change set, change by change; None where there is none."""
+    """The draft of a change set, change by change; None where there is none.
+
+    Raises:
+        ArtifactDamaged: The file is no change set.
+    """
     path = Path(run) / CHANGES
     if not path.is_file():
         return None
-    found = read_json(path)
-    if not isinstance(found, dict):
-        return None
-    about = found.get("about")
-    about = about if isinstance(about, dict) else {}
-    weights = found.get("weights") or {}
+    found, about = ChangeSet.load(path), read_json(path).get("about")
+    about = about if isinstance(about, dict) else {}  # what only the page knows, in its order
     made = {
-        **{name: {"action": "remove"} for name in found.get("remove") or ()},
+        **{name: {"action": "remove"} for name in found.remove},
+        **{name: {"action": "relabel", "label": str(v)} for name, v in found.relabel.items()},
+        **{name: {"action": "keep"} for name in found.keep},
         **{
-            name: {"action": "relabel", "label": str(label)}
-            for name, label in (found.get("relabel") or {}).items()
-        },
-        **{name: {"action": "keep"} for name in found.get("keep") or ()},
-        **{
-            name: {"action": "duplicate" if weight == 2 else "upweight", "weight": weight}
-            for name, weight in weights.items()
+            name: {"action": "duplicate" if v == 2 else "upweight", "weight": v}
+            for name, v in found.weights.items()
         },
     }
-    place = corpus.numbers(run)
+    order, place = {name: i for i, name in enumerate(about)}, corpus.numbers(run)
     listed = []
-    for name, change in made.items():
-        known = about.get(name)
-        note = known.get("note") if isinstance(known, dict) else None
+    for name in sorted(made, key=lambda each: order.get(each, len(order))):
+        known = about[name] if isinstance(about.get(name), dict) else {}
+        note, number = known.get("note"), known.get("number")
         told = {"note": note} if isinstance(note, str) else {}
-        listed.append({"id": Named(name), "number": place.get(name), **change, **told})
-    return harmless({"name": str(found.get("name", "changes")), "changes": listed})
+        number = place.get(name, number if isinstance(number, int) else None)
+        listed.append({"id": Named(name), "number": number, **made[name], **told})
+    return harmless({"name": found.name, "changes": listed})
 
 
 def spectrum(fit: str | Path) -> list[dict[str, Any]]:
@@ -270,7 +269,7 @@ def _spectrum(fit: str, stamp: Any) -> tuple[dict[str, Any], ...]:
 def points(values: Float[Tensor, " n"]) -> tuple[list[tuple[float, float]], str]:
     """A curve of eigenvalues, the largest first: share of the rank and log₁₀, and what it tells in words.
 
-    Ranks are spaced by their logarithm, at most some sixty of them.
+    Half of at most sixty ranks are evenly spaced, half by their logarithm.
 
     Example:
         >>> points(torch.tensor([1.0, 100.0, 0.0]))[0]
@@ -282,14 +281,16 @@ def points(values: Float[Tensor, " n"]) -> tuple[list[tuple[float, float]], str]
     positive = ordered[ordered > max(floor, 0.0)]
     if not len(positive):
         return [], f"all of {n:,} eigenvalues are zero"
-    ranks = torch.logspace(0, math.log10(len(positive)), _POINTS, dtype=torch.float64)
-    chosen = ranks.round().long().clamp(1, len(positive)).unique().tolist()
+    last, half = len(positive), _POINTS // 2
+    ranks = torch.logspace(0, math.log10(last), half, dtype=torch.float64)
+    even = torch.linspace(1, last, half, dtype=torch.float64)
+    chosen = torch.cat([ranks, even]).round().long().clamp(1, len(positive)).unique().tolist()
     curve = [(round(r / n, 4), round(math.log10(float(positive[r - 1])), 3)) for r in chosen]
     share = positive.cumsum(0) / positive.sum()
-    half = int((share < 0.5).sum()) + 1
+    most = int((share < 0.5).sum()) + 1
     told = (
         f"{n:,} eigenvalues from {float(positive[0]):.2g} down to {float(positive[-1]):.2g}; "
-        f"the largest {half:,} make up half of their sum"
+        f"the largest {most:,} make up half of their sum"
     )
     if len(positive) < n:
         told += f"; {n - len(positive):,} are zero, or so by rounding"
@@ -516,8 +517,13 @@ def _described(found: Verification) -> str:
 
 def _verdict(found: Verification) -> str:
     """What the comparison with the random control came to."""
-    won = found.beats_chance
+    won, further = found.beats_chance, found.exceeds_chance
     told = f"Predicted and actual change of {found.measurement} in nats, {found.protocol}."
+    if "change_set" in found.facts:
+        return (
+            f"{told} The changes moved {sum(further)} of {len(further)} measurements further than the same done to "
+            "others at random did."
+        )
     if not won:
         return told
     return (

@@ -12,6 +12,7 @@ from headwater.core.evidence import Evidence
 from headwater.core.files import ArtifactMissing
 from headwater.report.views import corpus
 from tests import runs
+from tests.index_builds import N, build, small_fit
 from tests.report import samples
 
 UNSEEN = "\x00\x07\x1b\u202e\u2066\u200b\u2028\ufeff"
@@ -152,6 +153,20 @@ def test_without_a_survey_the_examples_of_traces_are_listed_and_it_is_said(tmp_p
     example = corpus.example(tmp_path, rows[0]["number"])
     assert example["pieces"][0]["text"].startswith(rows[0]["excerpt"][:40])
     assert corpus.numbers(tmp_path) == {} and corpus.n_train(tmp_path) is None
+
+
+def test_an_index_lists_its_examples_with_their_numbers(tmp_path):
+    index = build(small_fit(), tmp_path / "index", sample=0)
+    answer = samples.answer(0)
+    traced = replace(answer.raised[0], example_id="a7")
+    Evidence(answers=(replace(answer, raised=(traced,)),)).save(tmp_path / "traces" / "trace")
+    view, page = corpus.summary(tmp_path), corpus.rows(tmp_path, sort="self_influence")
+    assert view["n"] == N and not view["surveyed"] and "Examples of the index" in view["told"]
+    own = dict(zip(index.ids(), index.self_influence().tolist(), strict=True))
+    assert [row["self_influence"] for row in page["rows"]] == sorted(own.values())[:100]
+    assert corpus.numbers(tmp_path)["a7"] == 7 and corpus.columns(tmp_path) == ["source", "year"]
+    assert corpus.example(tmp_path, 7)["pieces"][0]["text"] == traced.text
+    assert "text is not stored" in corpus.example(tmp_path, 8)["pieces"][0]["text"]
 
 
 def test_an_empty_folder_has_no_examples(tmp_path):

@@ -150,7 +150,7 @@ def test_weights_labels_and_notes_of_a_draft_are_told(plain, tmp_path):
     view = {c["id"]: c for c in run.changes(place)["changes"]}
     assert view["a"] == {
         "id": "a",
-        "number": None,
+        "number": 3,
         "action": "duplicate",
         "weight": 2.0,
         "note": "⟨RLO⟩",
