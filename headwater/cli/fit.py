@@ -41,6 +41,8 @@ def run(words: list[str]) -> int:
         return 0
     say(str(fitted))
     for name, value in fitted.curvature.facts.items():
+        if isinstance(value, dict):  # a number for each layer, which the manifest keeps
+            continue
         say(
             f"  {name.replace('_', ' ')}: {value:.3g}"
             if isinstance(value, float)

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
-from safetensors import SafetensorError
-
 from headwater.core.files import (
     ArtifactError,
     ArtifactMismatch,
@@ -86,7 +84,9 @@ def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             partial.mkdir()
             try:
                 yield partial
-            except SafetensorError as error:  # it says so in words alone
+            except OSError:
+                raise
+            except Exception as error:  # writers in Rust say so in words alone
                 if "No space left" in str(error):
                     raise OSError(errno.ENOSPC, "No space left on device") from error
                 raise

@@ -71,6 +71,15 @@ def test_an_edit_is_written_applied_and_undone_bit_by_bit(place, capsys):
     assert not (place / "no").exists()
 
 
+def test_a_fit_does_not_print_a_number_for_each_layer(place, capsys):
+    words = [str(place / "model"), str(place / "train.jsonl"), "--out", str(place / "run")]
+    options = ["--curvature", "ekfac", "--fisher", "empirical", "--folds", "1"]
+    held = ["--heldout", str(place / "train.jsonl")]
+    assert main(["fit", *words, *options, *held]) == 0
+    told = capsys.readouterr().err
+    assert "moments positions" in told and "{" not in told and max(map(len, told.split("\n"))) < 300
+
+
 def test_json_holds_the_table_and_what_was_tried(place, capsys):
     assert edit(place, "--dry-run", "--json", "--layers", PATTERN) == 0
     found = json.loads(capsys.readouterr().out)
