@@ -53,16 +53,6 @@ def static(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return runs.plain_run(tmp_path_factory.mktemp("runs") / "plain")
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    return runs.hostile_run(tmp_path_factory.mktemp("runs") / "<b>hostile")
-
-
 def data(content: str) -> dict:
     found = [b for b in Read(content).blocks if b[1].get("id") == page.DATA]
     assert len(found) == 1 and found[0][1]["type"] == "application/json"

@@ -18,16 +18,6 @@ from tests.report import samples
 UNSEEN = "\x00\x07\x1b\u202e\u2066\u200b\u2028\ufeff"
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return runs.plain_run(tmp_path_factory.mktemp("runs") / "plain")
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    return runs.hostile_run(tmp_path_factory.mktemp("runs") / "hostile")
-
-
 def test_rows_hold_the_numbers_of_the_survey(plain):
     survey, page = runs.survey(), corpus.rows(plain, limit=500)
     assert (page["total"], page["offset"], len(page["rows"])) == (48, 0, 48)

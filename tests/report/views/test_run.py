@@ -16,16 +16,6 @@ from tests import runs
 from tests.report import samples
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return runs.plain_run(tmp_path_factory.mktemp("runs") / "plain")
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    return runs.hostile_run(tmp_path_factory.mktemp("runs") / "hostile")
-
-
 def test_the_overview_names_what_the_folder_holds(plain):
     view = run.overview(plain)
     assert (view["name"], view["n_train"], view["task"]) == ("plain", 48, "Classification")
