@@ -1,6 +1,7 @@
 """A change set: examples to remove, to weight or label otherwise, or to keep: handed on to training and to verify."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,8 +41,8 @@ class ChangeSet:
 
     def __post_init__(self):
         every = [*self.remove, *self.relabel, *self.keep, *self.weights]
-        if len(set(every)) < len(every):
-            twice = next(i for i in every if every.count(i) > 1)
+        twice = next((i for i, n in Counter(every).items() if n > 1), None)
+        if twice is not None:
             raise ValueError(
                 f"Example {twice!r} is named twice; remove it, relabel it, weight it, or keep it."
             )
@@ -157,10 +158,13 @@ class ChangeSet:
                 raise ArtifactDamaged(
                     f"{path}: the weight of {name!r} must be a number; got {weight!r}."
                 )
-        return cls(
-            name=str(content.get("name", "changes")),
-            remove=tuple(map(str, lists["remove"])),
-            relabel={str(i): label for i, label in labels.items()},
-            keep=tuple(map(str, lists["keep"])),
-            weights={str(i): float(weight) for i, weight in weights.items()},
-        )
+        try:
+            return cls(
+                name=str(content.get("name", "changes")),
+                remove=tuple(map(str, lists["remove"])),
+                relabel={str(i): label for i, label in labels.items()},
+                keep=tuple(map(str, lists["keep"])),
+                weights={str(i): float(weight) for i, weight in weights.items()},
+            )
+        except (ValueError, OverflowError) as error:  # a number that no float can hold
+            raise ArtifactDamaged(f"{path} is no change set: {error}") from error

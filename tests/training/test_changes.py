@@ -191,3 +191,23 @@ def test_a_file_that_is_no_change_set_is_refused_by_what_is_wrong(tmp_path, cont
     path.write_text(content)
     with pytest.raises(ArtifactDamaged, match=message):
         ChangeSet.load(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"remove": ["a", "a"]}',
+        '{"weights": {"a": -1}}',
+        '{"weights": {"a": 1' + "0" * 400 + "}}",
+    ],
+)
+def test_a_file_with_changes_that_cannot_be_is_refused_by_its_name(tmp_path, content):
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(ArtifactDamaged, match=r"mine\.json is no change set"):
+        ChangeSet.load(tmp_path / "mine.json")
+
+
+def test_an_example_named_twice_is_found_among_very_many():
+    ids = (*map(str, range(200_000)), "199999")
+    with pytest.raises(ValueError, match="'199999' is named twice"):
+        ChangeSet(remove=ids)
