@@ -61,7 +61,8 @@ function Form(props: { run: RunOverview }) {
       setPrompt(String(asked.prompt ?? ""));
       setCompletion(said);
       choose(Array.isArray(asked.span) ? chosenIn(said, inUnits(said, asked.span as [number, number])) : null);
-      if (typeof asked.rather_than === "string") setRather(asked.rather_than);
+      setRather(typeof asked.rather_than === "string" ? asked.rather_than : "");
+      setChat(asked.chat === true);
     }
   }, [route.value.query.job]);
 
@@ -86,7 +87,7 @@ function Form(props: { run: RunOverview }) {
     turn(["ask"], { job: job.id });
   });
   const learnt = () => attempt(async () => {
-    const job = await start({ kind: "timeline", prompt, completion, segments: 3 });
+    const job = await start({ kind: "timeline", prompt, completion, span: span && inCharacters(completion, span), chat, segments: 3 });
     setTracing(job.id);
     turn(["ask"], { job: job.id });
   });

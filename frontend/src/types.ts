@@ -217,7 +217,7 @@ export type JobRequest =
   | { kind: "survey" }
   | { kind: "verify"; trace: string | null; changes: ChangeSet; seeds: number }
   | { kind: "verify"; trace: string; top: number }
-  | { kind: "timeline"; prompt: string; completion: string; segments: number };
+  | { kind: "timeline"; prompt: string; completion: string; span: [number, number] | null; chat: boolean; segments: number };
 
 /** What a file written by `headwater report` carries. */
 export type Embedded = {

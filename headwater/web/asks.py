@@ -11,6 +11,7 @@ MAX_TEXT, MAX_NAME, MAX_CHANGES = 50_000, 300, 200_000
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Said = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Span = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
 class Body(BaseModel):
@@ -90,7 +91,7 @@ class Trace(Body):
     prompt: Text
     completion: Said
     rather_than: Said | None = None
-    span: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    span: Span | None = None
     chat: bool = False
     source: Name | None = None
     top: Annotated[int, Field(ge=1, le=100)] = 8
@@ -100,10 +101,7 @@ class Trace(Body):
 
     @model_validator(mode="after")
     def _within(self) -> "Trace":
-        if self.span is not None and not 0 <= self.span[0] < self.span[1] <= len(self.completion):
-            raise ValueError(
-                f"the span must lie within the {len(self.completion)} characters of the completion"
-            )
+        check_span(self.span, self.completion)
         return self
 
     @property
@@ -155,11 +153,27 @@ class Timeline(Body):
     kind: Literal["timeline"]
     prompt: Text
     completion: Said
+    span: Span | None = None
+    chat: bool = False
     segments: Annotated[int, Field(ge=1, le=100)] = 3
+
+    @model_validator(mode="after")
+    def _within(self) -> "Timeline":
+        check_span(self.span, self.completion)
+        return self
 
     @property
     def title(self) -> str:
-        return f"Timeline of “{brief(self.completion)}”"
+        said = self.completion[slice(*self.span)] if self.span else self.completion
+        return f"Timeline of “{brief(said)}”"
+
+
+def check_span(span: list[int] | None, completion: str) -> None:
+    """Refuse a span that does not lie within the completion."""
+    if span is not None and not 0 <= span[0] < span[1] <= len(completion):
+        raise ValueError(
+            f"the span must lie within the {len(completion)} characters of the completion"
+        )
 
 
 Ask = Complete | Trace | Survey | Verify | Timeline

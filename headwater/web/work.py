@@ -110,7 +110,7 @@ class Work:
             run=self.run,
             prompt=(ask.prompt,),
             completion=(ask.completion,),
-            span=() if ask.span is None else ("{}..{}".format(*ask.span),),
+            span=_span(ask.span),
             rather_than=() if ask.rather_than is None else (ask.rather_than,),
             compare=ask.compare,
             chat=ask.chat,
@@ -165,9 +165,16 @@ class Work:
             run=self.run,
             prompt=(ask.prompt,),
             completion=(ask.completion,),
+            span=_span(ask.span),
+            chat=ask.chat,
             segments=ask.segments,
             name=name,
         )
         command.check()
         timeline(command, quiet=True, opened=self.opened(report), progress=report.progress)
         return {"timeline": name}
+
+
+def _span(span: list[int] | None) -> tuple[str, ...]:
+    """A part of the completion as the command line takes it."""
+    return () if span is None else ("{}..{}".format(*span),)

@@ -243,6 +243,7 @@ def test_websockets_are_refused():
         ('{"kind": "complete", "prompt": "%s"}' % ("x" * 50_001), "prompt"),
         ('{"kind": "trace", "prompt": "x", "completion": "y", "span": [0, 2]}', "span"),
         ('{"kind": "trace", "prompt": "x", "completion": "y", "span": [0]}', "span"),
+        ('{"kind": "timeline", "prompt": "x", "completion": "y", "span": [0, 2]}', "span"),
         ('{"kind": "trace", "prompt": "x", "completion": "y", "top": 0}', "top"),
         ('{"kind": "verify", "trace": "x"}', "one of the two"),
         ('{"kind": "verify", "top": 3}', "needs a trace"),

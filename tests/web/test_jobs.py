@@ -11,7 +11,9 @@ pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
 from headwater.web.asks import Complete
-from headwater.web.jobs import MOST_KEPT, MOST_WAITING, Jobs
+from headwater.web.jobs import ASKS, MOST_KEPT, MOST_WAITING, Jobs
+from headwater.web.work import Work
+from headwater.web.worker import Report
 from tests.web_cases import ENDED, completing, events_of, over_http, run_folder, until
 
 
@@ -273,3 +275,21 @@ def test_the_server_answers_while_a_job_computes(run):
 
     answer = over_http(run, test)
     assert answer.status_code == 200 and answer.json()[0]["state"] == "running"
+
+
+def test_a_timeline_asks_about_the_same_span_and_form_of_prompt_as_a_trace(tmp_path, monkeypatch):
+    asked = {
+        "kind": "timeline",
+        "prompt": "x",
+        "completion": " one 😀 two",
+        "span": [5, 6],
+        "chat": True,
+    }
+    heard = []
+    monkeypatch.setattr(
+        "headwater.cli.timeline.timeline", lambda command, **_: heard.append(command)
+    )
+    monkeypatch.setattr(Work, "opened", lambda self, report: None)
+    Work(tmp_path).do("timeline", asked, Report("job", lambda _: None, set()))
+    assert (heard[0].span, heard[0].chat) == (("5..6",), True)
+    assert ASKS.validate_python(asked).title == "Timeline of “😀”"
