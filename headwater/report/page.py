@@ -9,10 +9,12 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from headwater.core.files import ArtifactError, write_bytes
+from headwater.report.text import visible
 from headwater.report.views import corpus
 from headwater.report.views import run as views
 
@@ -22,6 +24,7 @@ EXAMPLES = 10_000
 _TEXTS = 2_000_000  # characters of whole examples in a file
 # What could end the block, begin a comment or a tag, or a line where JavaScript has no line.
 _ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+View = Callable[[str | Path, str], dict[str, Any]]
 _STYLE = re.compile(r"<link[^>]*\bapp\.css\b[^>]*>")
 _SCRIPT = re.compile(r"<script[^>]*\bapp\.js\b[^>]*></script>")
 
@@ -100,7 +103,9 @@ def embedded(run: str | Path, *, examples: int = EXAMPLES) -> dict[str, Any]:
         examples: Most training examples to list.
     """
     overview = views.overview(run)
-    traces = {name: views.trace(run, name) for name in views.trace_folders(run)}
+    traces, damage = _traces(run)
+    overview["traces"] = [each for each in overview["traces"] if each["name"] in traces]
+    overview["facts"] = [*damage, *overview["facts"]]
     listed, summary = corpus.every(run, examples), corpus.summary(run)
     if listed["total"] > len(listed["rows"]):
         summary["told"] += (
@@ -108,6 +113,7 @@ def embedded(run: str | Path, *, examples: int = EXAMPLES) -> dict[str, Any]:
             "self-influence."
         )
     timelines = [each["name"] for each in overview["timelines"]]
+    verifications = [each["id"] for each in overview["verifications"]]
     wanted = [
         card["number"]
         for trace in traces.values()
@@ -125,16 +131,29 @@ def embedded(run: str | Path, *, examples: int = EXAMPLES) -> dict[str, Any]:
         "examples": _examples(run, [n for n in dict.fromkeys(wanted) if n is not None]),
         "changes": _changes(run),
         "verifications": {
-            each["id"]: views.verification(run, each["id"]) for each in overview["verifications"]
+            name: view for name in verifications if (view := _read(views.verification, run, name))
         },
-        "timelines": {name: view for name in timelines if (view := _timeline(run, name))},
+        "timelines": {
+            name: view for name in timelines if (view := _read(views.timeline, run, name))
+        },
     }
 
 
-def _timeline(run: str | Path, name: str) -> dict[str, Any] | None:
-    """A timeline, if it can be read."""
+def _traces(run: str | Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The traces that can be read by name, and what is wrong with the others."""
+    found, damage = {}, []
+    for name in views.trace_folders(run):
+        try:
+            found[visible(name)] = views.trace(run, name)
+        except ArtifactError as error:
+            damage.append((visible(f"The trace {name} cannot be read"), visible(str(error))))
+    return found, damage
+
+
+def _read(view: View, run: str | Path, name: str) -> dict[str, Any] | None:
+    """A verification or timeline, if it can be read."""
     try:
-        return views.timeline(run, name)
+        return view(run, name)
     except ArtifactError:
         return None
 

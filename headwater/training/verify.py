@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.core.display import Shown, plain_text
-from headwater.core.files import read_json, write_json
+from headwater.core.files import ArtifactDamaged, read_json, write_json
 from headwater.core.scores import Scores
 from headwater.extras import require
 from headwater.numerics.resampling import mean_interval
@@ -157,10 +157,20 @@ class Verification(Shown):
 
     @classmethod
     def load(cls, path: str | Path) -> "Verification":
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactDamaged: The file is no verification.
+        """
         content = read_json(Path(path))
-        outcomes = tuple(Outcome(**each) for each in content.pop("outcomes"))
-        return cls(outcomes=outcomes, **content)
+        try:
+            outcomes = tuple(Outcome(**each) for each in content.pop("outcomes"))
+            found = cls(outcomes=outcomes, **content)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ArtifactDamaged(f"{path} holds no verification; make it again.") from error
+        if not (_is_told(found) and all(map(_is_measured, outcomes))):
+            raise ArtifactDamaged(f"{path} holds no verification; make it again.")
+        return found
 
     def plot(self):
         """Predicted against actual changes, the random control in grey; needs the extra `plots`."""
@@ -194,6 +204,25 @@ class Verification(Shown):
             for o in self.outcomes
         ]
         return "\n".join(lines)
+
+
+def _is_told(found: Verification) -> bool:
+    """Whether what a file says of a verification is of the types that it should be."""
+    return (
+        isinstance(found.measurement, str)
+        and isinstance(found.protocol, str)
+        and isinstance(found.facts, dict)
+    )
+
+
+def _is_measured(outcome: Outcome) -> bool:
+    """Whether an outcome's texts are texts and its numbers are numbers."""
+    texts = (outcome.query_id, outcome.change)
+    numbers = (outcome.predicted, outcome.actual, outcome.before)
+    ends = (v for v in (outcome.low, outcome.high) if v is not None)
+    return all(isinstance(v, str) for v in texts) and all(
+        isinstance(v, int | float) for v in (*numbers, *ends)
+    )
 
 
 def verify(

@@ -158,3 +158,28 @@ def test_the_command_names_the_file_and_a_folder_that_is_no_run(plain, tmp_path,
     with pytest.raises(ArtifactMissing) as error:
         page.write_report(tmp_path)
     assert "run.json" in str(error.value)
+
+
+def test_one_damaged_result_hides_no_other_from_the_file(static, tmp_path):
+    run = runs.plain_run(tmp_path / "run", n=16)
+    next((run / "traces" / "lava").glob("*.parquet")).unlink()
+    (run / "verify" / "trace" / "reversed\u202e.json").write_text('{"outcomes": []}')
+    (run / "changes.json").write_text('{"remove": ["a", "a"]}')
+    found = data(page.render_report(run, static=static))
+    assert list(found["traces"]) == ["trace"] == [t["name"] for t in found["run"]["traces"]]
+    assert found["run"]["facts"][0][0] == "The trace lava cannot be read"
+    assert list(found["verifications"]) == ["trace-0000000000000007"]
+    assert found["timelines"] and found["changes"] is None
+
+
+def test_a_trace_whose_name_holds_hidden_characters_is_found_by_the_name_that_is_shown(
+    static, tmp_path
+):
+    run = runs.plain_run(tmp_path / "run", n=16)
+    (run / "traces" / "lava").rename(run / "traces" / "la\u202eva")
+    found = data(page.render_report(run, static=static))
+    assert (
+        {t["name"] for t in found["run"]["traces"]}
+        == set(found["traces"])
+        == {"trace", "la⟨RLO⟩va"}
+    )

@@ -282,6 +282,8 @@ def surveyed(run: str | Path) -> bool:
 
 def facts(run: str | Path) -> dict[str, Any] | None:
     """What made the survey of a run; None where there is none."""
+    if (Path(run) / FOLDER).is_symlink():
+        return None
     try:
         return Artifact.open(Path(run) / FOLDER, kind=KIND).facts["facts"]
     except ArtifactError:
@@ -361,7 +363,9 @@ def _read(run: str, stamps: Any) -> _Known:
 
 
 def _surveyed(run: Path) -> _Known | None:
-    """The survey; one that cannot be read counts as none."""
+    """The survey; one that cannot be read, or lies elsewhere, counts as none."""
+    if (run / FOLDER).is_symlink():
+        return None
     try:
         artifact = Artifact.open(run / FOLDER, kind=KIND)
         table = artifact.table("examples").combine_chunks()
@@ -476,7 +480,8 @@ def _listed(
 def _evidence(run: Path) -> list[Evidence]:
     """The saved traces; one that cannot be read is left out."""
     folder, found = run / "traces", []
-    for place in sorted(folder.iterdir()) if folder.is_dir() else []:
+    own = folder.is_dir() and not folder.is_symlink()
+    for place in sorted(folder.iterdir()) if own else []:
         if place.is_dir() and not place.is_symlink() and not place.name.startswith("."):
             try:
                 found.append(_loaded(str(place), stamp(place)))

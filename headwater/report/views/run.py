@@ -47,7 +47,7 @@ def overview(run: str | Path) -> dict[str, Any]:
     """
     run = Path(run)
     record = run_record(run)
-    asked = record.get("fit") or {}
+    asked = record["fit"]
     fit, damage = _fit(run)
     model = Path(str(asked.get("model", "")))
     named = traces(run)
@@ -62,8 +62,8 @@ def overview(run: str | Path) -> dict[str, Any]:
                 "index": (run / "index").is_dir(),
                 "heldout": asked.get("heldout") is not None,
                 "survey": corpus.surveyed(run),
-                "trajectory": (model / TRAJECTORY).is_file(),
-                "finetuned": (model / FINETUNE).is_file(),
+                "trajectory": _is_file(model / TRAJECTORY),
+                "finetuned": _is_file(model / FINETUNE),
             },
             "columns": corpus.columns(run),
             "facts": [*damage, *_facts(run, record, fit)],
@@ -89,7 +89,21 @@ def run_record(run: str | Path) -> dict[str, Any]:
     record = read_json(Path(run) / RUN)
     if not isinstance(record, dict):
         raise ArtifactMissing(f"{Path(run) / RUN} holds no record of a run.")
-    return record
+    parts = ("fit", "cost", "timelines")
+    return record | {name: _mapping(record.get(name)) for name in parts}
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file; one whose name cannot be looked up is not there."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """The value, if it is one of names and values, else none of them."""
+    return value if isinstance(value, dict) else {}
 
 
 def traces(run: str | Path) -> list[dict[str, Any]]:
@@ -173,7 +187,7 @@ def timeline(run: str | Path, name: str) -> dict[str, Any]:
         ArtifactMissing: There is no timeline of that name.
     """
     folder = _named(_timelines(Path(run)), name, "timeline")
-    asked = run_record(run).get("timelines", {}).get(name, {})
+    asked = _mapping(run_record(run)["timelines"].get(name))
     return timeline_view(Timeline.load(folder), name, asked.get("source"))
 
 
@@ -224,7 +238,7 @@ def changes(run: str | Path) -> dict[str, Any] | None:
         ArtifactDamaged: The file is no change set.
     """
     path = Path(run) / CHANGES
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         return None
     found, about = ChangeSet.load(path), read_json(path).get("about")
     about = about if isinstance(about, dict) else {}  # what only the page knows, in its order
@@ -338,7 +352,7 @@ def _readable(run: Path) -> dict[str, tuple[Path, Verification]]:
     for name, path in _verifications(run).items():
         try:
             found[name] = path, Verification.load(path)
-        except (ArtifactError, TypeError, KeyError, AttributeError, ValueError):
+        except ArtifactError:
             continue
     return found
 
@@ -358,8 +372,7 @@ def _n_train(run: Path, fit: Artifact | None) -> int | None:
 
 
 def _facts(run: Path, record: Mapping[str, Any], fit: Artifact | None) -> list[tuple[str, str]]:
-    rows = []
-    asked = record.get("fit") or {}
+    rows, asked = [], record["fit"]
     if asked.get("heldout") is not None:
         rows.append(("Held-out data", "/".join(Path(str(asked["heldout"])).parts[-2:])))
     if fit is not None:
@@ -383,7 +396,7 @@ def _facts(run: Path, record: Mapping[str, Any], fit: Artifact | None) -> list[t
 
 def _costs(run: Path, record: Mapping[str, Any], fit: Artifact | None) -> list[dict[str, Any]]:
     """What everything cost, in passes over the data and in seconds, as far as it was recorded."""
-    paid = record.get("cost") or {}
+    paid = record["cost"]
     unit = paid.get("pass_seconds")
     seconds = paid.get("fit_seconds")
     if seconds is None and fit is not None:
@@ -484,7 +497,7 @@ def _trace_facts(folder: Path) -> dict[str, Any]:
 
 def _folders(place: Path) -> dict[str, Path]:
     """Folders of a folder by name; hidden ones are unfinished, and links are not followed."""
-    if not place.is_dir():
+    if place.is_symlink() or not place.is_dir():
         return {}
     with os.scandir(place) as entries:
         found = [e.name for e in entries if e.is_dir(follow_symlinks=False)]

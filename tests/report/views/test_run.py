@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from headwater.core.files import ArtifactMissing, read_json, write_json
+from headwater.core.files import ArtifactDamaged, ArtifactMissing, read_json, write_json
 from headwater.core.fit import Fit
 from headwater.core.store import Artifact
 from headwater.report.views import run
@@ -187,3 +187,50 @@ def test_what_is_damaged_is_told_or_left_out_and_the_rest_is_shown(tmp_path):
     assert view["facts"][0][0] == "The fit cannot be read" and view["spectrum"] == []
     assert not view["has"]["survey"] and view["n_train"] == samples.answer(0).n_train
     assert {t["name"] for t in view["traces"]} == {"trace", "lava"}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("facts", [1]),
+        ("measurement", 3),
+        ("protocol", None),
+        ("predicted", "abc"),
+        ("actual", None),
+        ("change", 3),
+    ],
+)
+def test_a_verification_of_other_types_is_left_out(tmp_path, part, value):
+    place = runs.plain_run(tmp_path / "run", n=16)
+    path = next((place / "verify" / "trace").glob("*.json"))
+    content = json.loads(path.read_text())
+    (content if part in content else content["outcomes"][0])[part] = value
+    path.write_text(json.dumps(content))
+    assert run.overview(place)["verifications"] == []
+    with pytest.raises(ArtifactDamaged, match="holds no verification; make it again"):
+        run.verification(place, f"trace-{path.stem}")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"fit": [1], "cost": [1], "timelines": [1]},
+        {"fit": 3, "cost": "x", "timelines": {"timeline": [3]}},
+        {"fit": {"model": "a" * 5_000}},
+    ],
+)
+def test_a_record_of_other_shapes_hides_no_result(tmp_path, record):
+    place = runs.plain_run(tmp_path / "run", n=16)
+    (place / "run.json").write_text(json.dumps(record))
+    assert len(run.overview(place)["traces"]) == 2
+    assert run.timeline(place, "timeline")["queries"]
+
+
+def test_folders_that_lead_out_of_the_run_are_not_read(tmp_path):
+    other, place = runs.plain_run(tmp_path / "other", n=16), runs.plain_run(tmp_path / "run", n=16)
+    for name in ("traces", "verify", "timelines", "corpus", "changes.json"):
+        (place / name).rename(tmp_path / name)
+        (place / name).symlink_to(other / name)
+    view = run.overview(place)
+    assert view["traces"] == view["verifications"] == view["timelines"] == []
+    assert not view["has"]["survey"] and view["columns"] == [] and run.changes(place) is None
