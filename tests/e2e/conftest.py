@@ -124,7 +124,7 @@ class Watch:
             self.wrong.append(f"asked {request.url}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright keeps an event loop running, which other tests must not meet
 def browser():
     pytest.importorskip("playwright", reason="needs Playwright: pip install -e '.[dev]'")
     if not chromium():
@@ -203,14 +203,14 @@ def standing(kind: str, run: Path) -> Iterator[Place]:
         yield Place(write_report(run, run.parent / "report.html").as_uri(), live=False)
 
 
-@pytest.fixture(scope="session", params=["served", "file"])
+@pytest.fixture(scope="module", params=["served", "file"])
 def place(request, browser, plain) -> Iterator[Place]:
     """The page of the plain run."""
     with standing(request.param, plain) as found:
         yield found
 
 
-@pytest.fixture(scope="session", params=["served", "file"])
+@pytest.fixture(scope="module", params=["served", "file"])
 def hostile_place(request, browser, hostile) -> Iterator[Place]:
     """The page of the hostile run."""
     with standing(request.param, hostile) as found:

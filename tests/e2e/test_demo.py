@@ -48,7 +48,7 @@ def look(page, place: Place, name: str, folder: Path) -> None:
     page.get_by_role("button", name="show all").click()
     assert page.locator(".ranking").count() == 3
     assert all(c.locator("li").count() for c in page.locator(".ranking").all())
-    page.get_by_role("button", name="Changes").click()
+    page.locator(".changes-button").click()
     drawer = page.get_by_role("complementary", name="Change set")
     if drawer.get_by_role("button", name="Take all off").count():
         drawer.get_by_role("button", name="Take all off").click()
@@ -59,7 +59,7 @@ def look(page, place: Place, name: str, folder: Path) -> None:
     path = folder / "changes.json"
     found.value.save_as(path)
     assert len(ChangeSet.load(path).remove) == 3
-    page.get_by_role("button", name="Changes").click()
+    page.locator(".changes-button").click()
 
 
 def test_asked_traced_marked_and_verified_on_real_articles(visit, run, tmp_path):
@@ -79,7 +79,7 @@ def test_asked_traced_marked_and_verified_on_real_articles(visit, run, tmp_path)
         settle(page)
         name = page.url.rpartition("/")[2]
         look(page, place, name, tmp_path)
-        page.get_by_role("button", name="Changes").click()
+        page.locator(".changes-button").click()
         page.get_by_role("complementary", name="Change set").get_by_role(
             "button", name="Verify", exact=True
         ).click()
