@@ -53,7 +53,9 @@ def test_many_small_blocks_tell_what_one_tells(n_queries, index, fitted, queries
     at_once = index.attribute(fitted, asked, keep=7)
     monkeypatch.setattr(search, "_BLOCK_BYTES", 1)  # blocks of 16 rows
     monkeypatch.setattr(search, "_SCORE_ROWS", 50)
-    blocks = [len(rows) for rows, *_ in search.blocks(StoredRows(index.folder), once=n_queries == 1)]
+    blocks = [
+        len(rows) for rows, *_ in search.blocks(StoredRows(index.folder), once=n_queries == 1)
+    ]
     assert max(blocks) == (50 if n_queries == 1 else 16) and sum(blocks) == N
     found = index.attribute(fitted, asked, keep=7)
     assert found.kept == at_once.kept
