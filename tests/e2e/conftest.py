@@ -124,7 +124,9 @@ class Watch:
             self.wrong.append(f"asked {request.url}")
 
 
-@pytest.fixture(scope="module")  # Playwright keeps an event loop running, which other tests must not meet
+@pytest.fixture(
+    scope="module"
+)  # Playwright keeps an event loop running, which other tests must not meet
 def browser():
     pytest.importorskip("playwright", reason="needs Playwright: pip install -e '.[dev]'")
     if not chromium():
