@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from headwater.core.files import (
@@ -374,7 +374,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     kept = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
-    save_file(kept, partial)
+    partial.write_bytes(save(kept))  # `save_file` would leave a file of its own behind when killed
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
