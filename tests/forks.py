@@ -9,8 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 WRITES = ("pwrite", "fsync", "replace", "ftruncate", "unlink", "open")
 
@@ -43,6 +47,16 @@ class Forks:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+@contextmanager
+def forking(module: ModuleType) -> Iterator[Forks]:
+    """The program of a module, for the tests of a file; they are skipped where a system cannot fork."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    made = Forks(module)
+    yield made
+    made.close()
 
 
 def _end_at(calls: int) -> None:

@@ -124,20 +124,22 @@ async def served(
         await engine.stop()
 
 
-async def with_client(app: Any, test: Callable[[httpx.AsyncClient], Any]) -> Any:
-    """What a test gives with a client of an application that does not compute."""
+async def with_client(app: Any, steps: Callable[[httpx.AsyncClient], Any]) -> Any:
+    """What some steps give with a client of an application that does not compute."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     place = f"http://127.0.0.1:{PORT}"
     async with httpx.AsyncClient(transport=transport, base_url=place, headers=OWN) as client:
-        return await test(client)
+        return await steps(client)
 
 
-def over_http(run: Path, test: Callable[..., Any], *, seconds: float = 60.0, **options: Any) -> Any:
-    """Run an asynchronous test with a client and an engine, and give up after so many seconds."""
+def over_http(
+    run: Path, steps: Callable[..., Any], *, seconds: float = 60.0, **options: Any
+) -> Any:
+    """Take some asynchronous steps with a client and an engine, and give up after so many seconds."""
 
     async def whole() -> Any:
         async with served(run, **options) as (client, engine):
-            return await test(client, engine)
+            return await steps(client, engine)
 
     return asyncio.run(asyncio.wait_for(whole(), seconds))
 

@@ -1,7 +1,6 @@
 """What acts on a fit survives kills and full disks: nothing is lost or half-written, and the same command goes on."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -18,7 +17,7 @@ pytest.importorskip("jinja2")
 
 from headwater.cli import main
 from tests import verb_runs
-from tests.forks import Forks
+from tests.forks import forking
 from tests.verb_runs import classifier, language_model, prepared, said, words_of
 
 pytestmark = pytest.mark.thorough
@@ -60,11 +59,8 @@ def templates(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs():
-    if not hasattr(os, "fork"):
-        pytest.skip("this system cannot fork")
-    made = Forks(verb_runs)
-    yield made
-    made.close()
+    with forking(verb_runs) as made:
+        yield made
 
 
 def plain(value):

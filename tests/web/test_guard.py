@@ -27,7 +27,7 @@ def app(tmp_path_factory):
 def ask(app, method: str, path: str, *, headers=OWN, **more):
     """One request, with exactly these headers; jobs are put into the queue, but not begun."""
 
-    async def test(client):
+    async def steps(client):
         request = client.build_request(method, path, **more)
         given = {name.lower() for name, _ in _pairs(headers)}
         kept = [
@@ -36,7 +36,7 @@ def ask(app, method: str, path: str, *, headers=OWN, **more):
         request.headers = type(request.headers)([*kept, *_pairs(headers)])
         return await client.send(request)
 
-    return asyncio.run(with_client(app, test))
+    return asyncio.run(with_client(app, steps))
 
 
 def _pairs(headers):

@@ -31,12 +31,12 @@ async def started(engine, name: str):
 
 
 def test_a_job_is_done_and_its_file_says_so(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         answer = await client.post("/api/jobs", json=completing("count"))
         await ended(engine, answer.json()["id"])
         return answer, (await client.get(f"/api/jobs/{answer.json()['id']}")).json()
 
-    answer, job = over_http(run, test)
+    answer, job = over_http(run, steps)
     assert answer.status_code == 202 and answer.json()["state"] in ("queued", "running")
     assert job["state"] == "done" and job["result"] == {"completion": "0 1 2 "}
     assert job["stages"] == [{"name": "counting", "told": "0 s"}] and job["attempts"] == 1
@@ -45,7 +45,7 @@ def test_a_job_is_done_and_its_file_says_so(run):
 
 
 def test_jobs_run_one_after_another_in_their_order_and_no_more_than_so_many_wait(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         first = (await client.post("/api/jobs", json=completing("wait"))).json()["id"]
         await started(engine, first)
         taken = [
@@ -59,14 +59,14 @@ def test_jobs_run_one_after_another_in_their_order_and_no_more_than_so_many_wait
             await ended(engine, job["id"])
         return refused, places, [engine.jobs[j["id"]].state for j in taken]
 
-    refused, places, states = over_http(run, test)
+    refused, places, states = over_http(run, steps)
     assert refused.status_code == 429 and "jobs wait already" in refused.json()["error"]
     assert places == list(range(1, MOST_WAITING + 1))
     assert states == ["done"] * MOST_WAITING
 
 
 def test_a_running_job_stops_when_it_is_cancelled_and_a_waiting_one_leaves_the_queue(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         running = (await client.post("/api/jobs", json=completing("wait"))).json()["id"]
         waiting = (await client.post("/api/jobs", json=completing("count"))).json()["id"]
         await started(engine, running)
@@ -77,7 +77,7 @@ def test_a_running_job_stops_when_it_is_cancelled_and_a_waiting_one_leaves_the_q
         again = await client.delete(f"/api/jobs/{running}")
         return left.json(), job, again, worker == engine.pid
 
-    left, job, again, alive = over_http(run, test)
+    left, job, again, alive = over_http(run, steps)
     assert left["state"] == "cancelled" and left["attempts"] == 0
     assert job.state == "cancelled" and job.deaths == 0
     assert alive  # the model stays open for the next job
@@ -85,28 +85,28 @@ def test_a_running_job_stops_when_it_is_cancelled_and_a_waiting_one_leaves_the_q
 
 
 def test_a_job_that_does_not_listen_is_stopped_with_its_process_and_the_next_one_runs(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         deaf = (await client.post("/api/jobs", json=completing("deaf"))).json()["id"]
         following = (await client.post("/api/jobs", json=completing("count"))).json()["id"]
         await started(engine, deaf)
         await client.delete(f"/api/jobs/{deaf}")
         return (await ended(engine, deaf)).state, (await ended(engine, following)).state
 
-    assert over_http(run, test, patience=0.2) == ("cancelled", "done")
+    assert over_http(run, steps, patience=0.2) == ("cancelled", "done")
 
 
 def test_a_job_whose_worker_dies_is_begun_again(run, tmp_path):
-    async def test(client, engine):
+    async def steps(client, engine):
         words = f"die once {tmp_path / 'died'}"
         name = (await client.post("/api/jobs", json=completing(words))).json()["id"]
         return await ended(engine, name)
 
-    job = over_http(run, test)
+    job = over_http(run, steps)
     assert job.state == "done" and job.attempts == 2 and job.deaths == 1
 
 
 def test_a_worker_that_is_killed_from_outside_is_noticed_and_the_job_goes_on(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         name = (await client.post("/api/jobs", json=completing("wait"))).json()["id"]
         await started(engine, name)
         first = engine.pid
@@ -116,11 +116,11 @@ def test_a_worker_that_is_killed_from_outside_is_noticed_and_the_job_goes_on(run
         await client.delete(f"/api/jobs/{name}")
         return (await ended(engine, name)).deaths, first != second
 
-    assert over_http(run, test) == (1, True)
+    assert over_http(run, steps) == (1, True)
 
 
 def test_a_worker_that_dies_between_jobs_takes_none_with_it(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         first = (await client.post("/api/jobs", json=completing("count"))).json()["id"]
         await ended(engine, first)
         os.kill(engine.pid, signal.SIGKILL)
@@ -128,49 +128,49 @@ def test_a_worker_that_dies_between_jobs_takes_none_with_it(run):
         name = (await client.post("/api/jobs", json=completing("count"))).json()["id"]
         return await ended(engine, name)
 
-    job = over_http(run, test)
+    job = over_http(run, steps)
     assert job.state == "done" and (job.attempts, job.deaths) == (1, 0)
 
 
 def test_a_job_that_takes_its_worker_down_three_times_fails_and_says_so(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         name = (await client.post("/api/jobs", json=completing("die"))).json()["id"]
         following = (await client.post("/api/jobs", json=completing("count"))).json()["id"]
         return await ended(engine, name), await ended(engine, following)
 
-    job, following = over_http(run, test)
+    job, following = over_http(run, steps)
     assert job.state == "failed" and job.attempts == 3
     assert "went down 3 times" in job.error and "SIGKILL" in job.error
     assert following.state == "done"
 
 
 def test_a_worker_that_talks_nonsense_is_not_believed(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         name = (await client.post("/api/jobs", json=completing("noise"))).json()["id"]
         return await ended(engine, name)
 
-    job = over_http(run, test)
+    job = over_http(run, steps)
     assert job.state == "failed" and job.deaths == 3
 
 
 def test_a_failure_is_told_in_the_words_of_the_command(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         name = (await client.post("/api/jobs", json=completing("fail"))).json()["id"]
         await ended(engine, name)
         return (await client.get(f"/api/jobs/{name}")).json()
 
-    job = over_http(run, test)
+    job = over_http(run, steps)
     assert job["state"] == "failed" and job["error"] == "It failed, as it was told to."
 
 
 def test_a_stream_tells_all_of_a_job_to_whoever_comes_early_and_its_end_to_who_comes_late(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         name = (await client.post("/api/jobs", json=completing("count"))).json()["id"]
         early = await client.get(f"/api/jobs/{name}/events")
         late = await client.get(f"/api/jobs/{name}/events")
         return early, events_of(early.text), events_of(late.text)
 
-    answer, early, late = over_http(run, test)
+    answer, early, late = over_http(run, steps)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert early[0][0] == "job" and early[-1][0] == "end" and early[-1][1]["state"] == "done"
     said = "".join(content["text"] for name, content in early if name == "token")
@@ -180,7 +180,7 @@ def test_a_stream_tells_all_of_a_job_to_whoever_comes_early_and_its_end_to_who_c
 
 
 def test_a_stream_that_is_taken_up_again_begins_with_the_present_state(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         name = (await client.post("/api/jobs", json=completing("wait"))).json()["id"]
         job = await started(engine, name)
         job.live.text, job.live.partial, job.live.n_partial = "so far", [{"query_id": "q"}], 7
@@ -191,7 +191,7 @@ def test_a_stream_that_is_taken_up_again_begins_with_the_present_state(run):
                 break
         return found
 
-    (first, job), token, partial = over_http(run, test)
+    (first, job), token, partial = over_http(run, steps)
     assert first == "job" and job["state"] == "running" and job["progress"]["note"] == "counting"
     assert token == ("token", {"text": "so far", "at": 0})
     assert partial == ("partial", {"answers": [{"query_id": "q"}]})
@@ -268,12 +268,12 @@ def test_a_file_that_is_no_job_is_left_alone(run, change, capsys):
 
 
 def test_the_server_answers_while_a_job_computes(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         name = (await client.post("/api/jobs", json=completing("deaf"))).json()["id"]
         await started(engine, name)
         return await asyncio.wait_for(client.get("/api/jobs"), 1)
 
-    answer = over_http(run, test)
+    answer = over_http(run, steps)
     assert answer.status_code == 200 and answer.json()[0]["state"] == "running"
 
 

@@ -42,7 +42,7 @@ def run(tuned, tmp_path):
 def done(run, *asked: dict) -> list[dict]:
     """Jobs at their end, one after another by one worker."""
 
-    async def test(client, engine):
+    async def steps(client, engine):
         found = []
         for each in asked:
             name = (await client.post("/api/jobs", json=each)).json()["id"]
@@ -50,7 +50,7 @@ def done(run, *asked: dict) -> list[dict]:
             found.append((await client.get(f"/api/jobs/{name}")).json())
         return found
 
-    return over_http(run, test, command="the real one", seconds=600)
+    return over_http(run, steps, command="the real one", seconds=600)
 
 
 def test_every_kind_of_job_is_done_with_one_model_and_shown(run):
@@ -80,7 +80,7 @@ def test_every_kind_of_job_is_done_with_one_model_and_shown(run):
 
 
 def test_completions_stream_and_a_trace_gives_what_it_knows_early(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         found = []
         for asked in ({"kind": "complete", "prompt": "the river", "max_new_tokens": 4}, TRACE):
             name = (await client.post("/api/jobs", json=asked)).json()["id"]
@@ -88,7 +88,7 @@ def test_completions_stream_and_a_trace_gives_what_it_knows_early(run):
                 found.append([event async for event in events if event is not None])
         return found
 
-    said, traced = over_http(run, test, command="the real one", seconds=600)
+    said, traced = over_http(run, steps, command="the real one", seconds=600)
     pieces = [content["text"] for kind, content in said if kind == "token"]
     assert "".join(pieces) == said[-1][1]["result"]["completion"]
     assert said[-1][0] == traced[-1][0] == "end" and traced[-1][1]["state"] == "done"
@@ -99,7 +99,7 @@ def test_completions_stream_and_a_trace_gives_what_it_knows_early(run):
 def test_a_verification_of_a_change_set_from_the_page_is_shown_by_its_id(run):
     verify = {"kind": "verify", "trace": "trace", "changes": CHANGES}
 
-    async def test(client, engine):
+    async def steps(client, engine):
         found = []
         for asked in (
             verify,
@@ -115,7 +115,7 @@ def test_a_verification_of_a_change_set_from_the_page_is_shown_by_its_id(run):
             )
         return found
 
-    traced, held, top = over_http(run, test, command="the real one", seconds=600)
+    traced, held, top = over_http(run, steps, command="the real one", seconds=600)
     assert [r["change"] for r in traced["rows"]] == [
         "without 1, 1 weighted (mine)",
         "without 1, 1 weighted alike at random",
@@ -129,7 +129,7 @@ def test_a_worker_killed_in_the_middle_of_a_verification_loses_no_finished_train
     asked = {"kind": "verify", "trace": "trace", "top": 2, "seeds": 3}
     measured = run / "verify" / "trace" / "measured"
 
-    async def test(client, engine):
+    async def steps(client, engine):
         name = (await client.post("/api/jobs", json=asked)).json()["id"]
         await until(lambda: list(measured.rglob("*.json")), 240)
         os.kill(engine.pid, signal.SIGKILL)
@@ -137,7 +137,7 @@ def test_a_worker_killed_in_the_middle_of_a_verification_loses_no_finished_train
         await until(lambda: engine.jobs[name].state in ENDED, 240)
         return engine.jobs[name], kept
 
-    job, kept = over_http(run, test, command="the real one", seconds=600)
+    job, kept = over_http(run, steps, command="the real one", seconds=600)
     assert job.state == "done" and (job.deaths, job.attempts) == (1, 2)
     assert kept and all(p.stat().st_mtime_ns == when for p, when in kept.items())
     found = read_json(next((run / "verify" / "trace").glob("*.json")))
@@ -148,7 +148,7 @@ def test_a_worker_killed_in_the_middle_of_a_verification_loses_no_finished_train
 
 
 def test_a_job_that_computes_is_cancelled_without_losing_the_model(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         asked = {"kind": "verify", "trace": "trace", "top": 2, "seeds": 20}
         name = (await client.post("/api/jobs", json=asked)).json()["id"]
         job = engine.jobs[name]
@@ -160,18 +160,18 @@ def test_a_job_that_computes_is_cancelled_without_losing_the_model(run):
         await until(lambda: engine.jobs[following].state in ENDED, 240)
         return job.state, worker == engine.pid, engine.jobs[following]
 
-    state, same, following = over_http(run, test, command="the real one", seconds=600)
+    state, same, following = over_http(run, steps, command="the real one", seconds=600)
     assert state == "cancelled" and same
     assert following.state == "done"
     assert not any("opening" in s["name"] for s in following.stages)
 
 
 def test_a_worker_ends_when_its_server_is_gone(run):
-    async def test(client, engine):
+    async def steps(client, engine):
         name = (await client.post("/api/jobs", json=TRACE)).json()["id"]
         await until(lambda: engine.jobs[name].progress, 240)
         worker = engine._worker
         worker._process.stdin.close()  # as when the server dies
         return await asyncio.wait_for(worker._process.wait(), 20)
 
-    assert over_http(run, test, command="the real one", seconds=600) == 0
+    assert over_http(run, steps, command="the real one", seconds=600) == 0

@@ -28,7 +28,7 @@ from headwater.core.fit import fit
 from headwater.core.index import GradientIndex, LoGra, Whitened
 from headwater.core.locks import FolderLock
 from tests import index_builds
-from tests.forks import Forks
+from tests.forks import forking
 from tests.index_builds import N, build, data, small_fit
 
 
@@ -63,11 +63,8 @@ def index(tmp_path, whole):
 
 @pytest.fixture(scope="module")
 def builds():
-    if not hasattr(os, "fork"):
-        pytest.skip("this system cannot fork")
-    made = Forks(index_builds)
-    yield made
-    made.close()
+    with forking(index_builds) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Live rows equal gradients of single examples at the parameters of their step, and survive what happens to a run."""
 
-import os
 import random
 import signal
 import time
@@ -20,7 +19,7 @@ from headwater.core.task import CausalLM, Classification
 from headwater.models.gpt import GPT
 from tests import live_runs
 from tests.curvature_cases import autograd_rows
-from tests.forks import Forks
+from tests.forks import forking
 
 KIND = LoGra(rank=3, damping=0.1)
 TASK = Classification()
@@ -245,11 +244,8 @@ def test_more_data_can_be_added_and_rows_removed(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs():
-    if not hasattr(os, "fork"):
-        pytest.skip("this system cannot fork")
-    made = Forks(live_runs)
-    yield made
-    made.close()
+    with forking(live_runs) as made:
+        yield made
 
 
 def content(folder):
