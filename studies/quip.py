@@ -4,9 +4,9 @@ Chee, Cai, Kuleshov and De Sa (2023), arXiv:2307.13304. Plain rounding, LDLQ (wh
 passes, each with and without incoherence:
 
 - `smollm`: SmolLM2-135M-Instruct, calibrated on Wikipedia and the Python reference, perplexity on other texts of both.
-  The second moments are those of the model as it is, from one forward pass that all rows share; some rows are done
-  block by block, as in the paper, which takes two passes each. The package ships its weights in blocks of 4 bits, so
-  all is compared with those, made dense.
+  The second moments are those of the model as it is, from one forward pass that all rows share, or are taken block by
+  block behind what is quantized already, as in the paper, which costs two passes a row. The package ships its weights
+  in blocks of 4 bits, so all is compared with those, made dense.
 - `gpt`: a small GPT trained here in float32 on the bytes of Wikipedia, three trainings.
 - `trace`: that GPT, traced before and after.
 - `layers`: single layers of SmolLM2: the input that the diagonal D spoils, and how many tokens the statistics need.
@@ -19,6 +19,7 @@ Every row is a file, so that a killed run goes on where it stopped:
     python studies/quip.py --folder runs/quip --show     # the tables of what is there
 """
 
+import itertools
 import json
 import math
 import pydoc_data.topics
@@ -98,9 +99,14 @@ def smollm_rows() -> Iterator[Row]:
         for rounding in ROUNDINGS:
             for seed in (1, 2):
                 yield Row(part, QuIP(bits=bits, rounding=rounding, seed=seed), "forward")
-    for bits, rounding in ((2, "ldlq_rg"), (2, "ldlq"), (3, "ldlq_rg")):
-        for incoherence in (True, False):
-            yield Row(part, QuIP(bits=bits, rounding=rounding, incoherence=incoherence))
+    for bits in (3, 2, 4):
+        for rounding in reversed(ROUNDINGS):
+            for incoherence in (True, False):
+                yield Row(part, QuIP(bits=bits, rounding=rounding, incoherence=incoherence))
+    for bits in (3, 2):
+        for rounding in reversed(ROUNDINGS[1:]):
+            for seed in (1, 2):
+                yield Row(part, QuIP(bits=bits, rounding=rounding, seed=seed))
 
 
 # Data
@@ -350,6 +356,10 @@ HUNGRY = tuple(
 )
 
 
+TOKENS = (4096, 12288, 32768)  # that second moments are of
+DAMPINGS = (0.01, 0.1)
+
+
 def layers_row(row: Row, folder: Path) -> dict[str, Any]:
     return {"rows": spoilt_layers() if row.part == "layers spoilt" else hungry_layers()}
 
@@ -388,13 +398,16 @@ def hungry_layers() -> list[dict[str, Any]]:
     """Turned weights of 2 bits: the outputs' error on the tokens that H is of, and on 4,096 others."""
     model, calibration, heldout = smollm()
     others, rows = moments_of(heldout, HUNGRY), []
-    for n in (8, 24):
+    for n in (tokens // (2 * POS) for tokens in TOKENS):
         own = moments_of(stretches_of(calibration, n, STRETCHES), HUNGRY)
         for name in HUNGRY:
             W = model.get_submodule(name).weight.detach()
-            for rounding in ROUNDINGS:
-                found = round_weight(W, own[name], bits=2, rounding=rounding, seeds=(1, 2))
+            for rounding, damping in itertools.product(ROUNDINGS, DAMPINGS):
+                found = round_weight(
+                    W, own[name], bits=2, rounding=rounding, seeds=(1, 2), damping=damping
+                )
                 entry = {"layer": name, "tokens": 2 * n * POS, "rounding": rounding}
+                entry["damping"] = damping
                 for label, moment in (("same", own[name]), ("others", others[name])):
                     size = proxy_loss(torch.zeros_like(W), W, moment.to(W))
                     entry[label] = proxy_loss(found.weight, W, moment.to(W)) / size
