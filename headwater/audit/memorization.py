@@ -25,6 +25,7 @@ from headwater.numerics.edit_distance import normalized_distances
 from headwater.numerics.resampling import Estimate, bootstrap
 
 LOOSE = 0.75  # least similarity 1 - d/L of what counts as recited loosely
+OWED = 0.25  # from which an example counts as memorized (Feldman and Zhang)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,6 +179,28 @@ def _batches(data: Examples, batch_size: int) -> list[BatchPlan]:
     return plan_batches(data, batch_size=batch_size, batch_tokens=4096)
 
 
+def owed_to_itself(
+    probability: Float[Tensor, " n"], self_influence: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    r"""How much of its label's probability a training example owes to having been trained on, $p_y (1 - e^{-s})$.
+
+    Without the example its loss would be higher by its self-influence s, to first order. What the probability would
+    lose is the memorization of Feldman and Zhang (2020), "What Neural Networks Memorize and Why", arXiv:2008.03703,
+    who train many models to know it and call 0.25 and more memorized. What the example itself adds to the curvature is
+    left out, so that the estimate is too low for the most unusual ones.
+
+    Args:
+        probability: $p_y$ of the fitted model.
+        self_influence: s, in nats.
+
+    Example:
+        >>> import math
+        >>> owed_to_itself(torch.tensor([0.9, 0.9]), torch.tensor([0.0, math.log(3)])).tolist()
+        [0.0, 0.6000000238418579]
+    """
+    return probability * -torch.expm1(-self_influence.clamp(min=0))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelMemory:
     """What a classifier says of examples whose given labels are known to be wrong.
@@ -248,6 +271,7 @@ __all__ = [
     "LabelMemory",
     "Recitation",
     "label_memory",
+    "owed_to_itself",
     "perplexity",
     "recitation",
     "recited_examples",

@@ -95,6 +95,7 @@ class Subject:
         probabilities: Probabilities of the classes for each example by models that were not trained on it.
         probabilities_cost: What those cost.
         neighbours: Nearest neighbours that are looked at, in the model's last representation.
+        heldout: Labelled examples that the model was not trained on.
         progress: Called with (done, total, note).
 
     Raises:
@@ -109,9 +110,11 @@ class Subject:
         probabilities: Float[Tensor, "train class"] | None = None,
         probabilities_cost: Passes | None = None,
         neighbours: int = 10,
+        heldout: Any = None,
         progress: Progress | None = None,
     ):
         self.fit, self.progress, self.n_neighbours = fit, progress, neighbours
+        self.heldout = heldout
         self.trajectories = [t for t in trajectories if any(c.step for c in t.checkpoints)]
         self._known: dict[Any, Any] = {}
         self._costs: dict[Any, Passes] = {}

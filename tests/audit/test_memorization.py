@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch import nn
 
+import headwater
 from headwater.audit.memorization import (
     label_memory,
+    owed_to_itself,
     perplexity,
     recitation,
     recited_examples,
 )
+from headwater.audit.mislabel import SelfInfluence
+from headwater.audit.subject import Subject
+from headwater.core.curvature import Dense
 from headwater.core.examples import TensorExamples
 from headwater.core.task import CausalLM, Classification
+from headwater.numerics.ranks import spearman
 
 
 class Successor(nn.Module):
@@ -107,3 +113,58 @@ def test_wrong_labels_are_still_said_or_put_right():
 def test_one_passage_has_an_interval_too():
     found = recitation(Successor(), torch.tensor([[1, 2, 3, 4]]), prefix=2)
     assert found.strict.low == found.strict.high == 1.0 and math.isfinite(found.distance.value)
+
+
+RIDGE = 0.02
+
+
+def softmax_regression(x, y, weight):
+    """Weights (class, feature) of the least weighted mean loss with a ridge, by Newton's method."""
+    theta = torch.zeros(3 * x.shape[1], dtype=torch.float64)
+
+    def objective(t):
+        loss = nn.functional.cross_entropy(x @ t.view(3, -1).T, y, reduction="none")
+        return (weight * loss).sum() / len(x) + RIDGE / 2 * t.square().sum()
+
+    for _ in range(12):
+        g = torch.func.grad(objective)(theta)
+        theta = theta - torch.linalg.solve(torch.func.hessian(objective)(theta), g)
+    assert float(torch.func.grad(objective)(theta).abs().max()) < 1e-12
+    return theta.view(3, -1)
+
+
+def test_what_labels_owe_to_themselves_is_what_leaving_them_out_takes_away():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    y = x.argmax(1)
+    y[:4] = (y[:4] + 1) % 3  # wrong ones, learnt by heart as far as three inputs allow
+    whole = torch.ones(40, dtype=torch.float64)
+    model = nn.Linear(3, 3, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(softmax_regression(x, y, whole))
+    fit = headwater.fit(model, (x, y), Classification(), curvature=Dense(), weight_decay=RIDGE)
+    subject = Subject(fit)
+    p, own = subject.final.probability, SelfInfluence(damping=RIDGE).measure(subject)
+
+    def lost(share):
+        """What leaving out that share of each example takes from its label's probability."""
+        after = []
+        for i in range(40):
+            weight = whole.clone()
+            weight[i] -= share
+            after.append((softmax_regression(x, y, weight) @ x[i]).softmax(0)[y[i]])
+        return p - torch.stack(after)
+
+    # a share of the self-influence is that of the whole to first order
+    torch.testing.assert_close(owed_to_itself(p, 1e-4 * own), lost(1e-4), rtol=1e-3, atol=1e-12)
+    found, actual = owed_to_itself(p, own), lost(1.0)
+    assert float(spearman(found[None], actual[None])) > 0.98
+    # what one example of forty bends the loss itself is left out, so that estimates are too low
+    assert bool((found < actual).all()) and bool((found > actual / 2).all())
+
+
+def test_what_changes_nothing_owes_nothing_and_no_label_owes_more_than_it_has():
+    p = torch.tensor([0.2, 0.9, 1.0]).double()
+    assert owed_to_itself(p, torch.zeros(3).double()).tolist() == [0, 0, 0]
+    torch.testing.assert_close(owed_to_itself(p, torch.full((3,), 99.0).double()), p)
+    assert owed_to_itself(p, torch.full((3,), -1e-9).double()).tolist() == [0, 0, 0]

@@ -68,6 +68,7 @@ def test_an_audit_is_printed_and_kept_as_page_tables_and_changes(run, capsys):
     assert main(["audit", str(run), *program(run), "--top", "4"]) == 0
     out = capsys.readouterr().out
     assert "labels are held to be wrong" in out and "beyond the fit" in out
+    assert "On 60 held-out labels the model is" in " ".join(out.split())
     place = run / "audits"
     found = Findings.load(place / "audit")
     assert found.facts["combined"] == ["self_influence", "aum", "neighbours"]
