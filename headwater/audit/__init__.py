@@ -36,6 +36,7 @@ from headwater.audit.memorization import (
 from headwater.audit.mislabel import (
     AUM,
     EL2N,
+    IFD,
     MEASURES,
     Confidence,
     ConfidentLearning,
@@ -67,6 +68,7 @@ from headwater.audit.survey import Survey
 __all__ = [
     "AUM",
     "EL2N",
+    "IFD",
     "MEASURES",
     "SECTIONS",
     "Auditor",
