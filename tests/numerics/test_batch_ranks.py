@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from fractions import Fraction
-from itertools import combinations, combinations_with_replacement
+from itertools import accumulate, combinations, combinations_with_replacement
 from math import ceil, comb
 
 import pytest
@@ -160,14 +160,19 @@ def test_sampled_ranks_are_uniform():
     assert all(abs(c - expected) < 5 * expected**0.5 for c in counts.values())
 
 
-def test_sorted_draws_with_replacement_would_not_be():
-    """They understate the spread of the sum, and a quantile from them covers too little."""
-    n, m = 20, 20
-    drawn = torch.randint(1, n + 2, (200_000, m), generator=torch.Generator().manual_seed(0))
-    quantile = int(drawn.sum(1).double().quantile(0.95))
-    counts = rank_sum_counts(n, m)
-    level = Fraction(int(sum(counts[: quantile - m + 1])), comb(n + m, m))
-    assert float(level) == pytest.approx(0.8895, abs=0.01)
+@pytest.mark.parametrize(("n", "m", "published"), [(40, 10, 0.9345), (20, 20, 0.8895)])
+def test_sorted_draws_with_replacement_would_not_be(n, m, published):
+    """They understate the spread of the sum, and a quantile from them at 95 % covers too little."""
+    ways = [1]  # of m ranks from 0 to n, each drawn by itself, by their sum
+    for _ in range(m):
+        ways = [sum(ways[max(0, u - n) : u + 1]) for u in range(len(ways) + n)]
+    sums, total = list(accumulate(ways)), (n + 1) ** m
+    quantile = next(u for u, below in enumerate(sums) if below >= Fraction(19, 20) * total)
+    mean = Fraction(sum(u * w for u, w in enumerate(ways)), total)
+    variance = Fraction(sum(u * u * w for u, w in enumerate(ways)), total) - mean**2
+    assert variance == Fraction(m * ((n + 1) ** 2 - 1), 12)  # not n m (n + m + 1) / 12
+    level = Fraction(int(sum(rank_sum_counts(n, m)[: quantile + 1])), comb(n + m, m))
+    assert round(float(level), 4) == published
 
 
 @pytest.mark.parametrize(
