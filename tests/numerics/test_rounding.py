@@ -14,6 +14,7 @@ from headwater.numerics.rounding import (
     dampen,
     greedy,
     greedy_alone,
+    lacks_rank,
     ldl,
     ldlq,
     ldlq_rg,
@@ -237,6 +238,17 @@ def test_dampening_takes_dead_inputs_out():
     damped_W, damped = dampen(W, H, 0.01)
     assert damped_W.tolist() == [[1.0, 0.0]]
     torch.testing.assert_close(damped, torch.diag(torch.tensor([4.025, 1.025])))
+
+
+@given(seed=st.integers(0, 200), rows=st.integers(1, 30))
+def test_fewer_vectors_than_inputs_lack_rank_and_more_do_not(seed, rows):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 8, generator=generator, dtype=torch.float64)
+    x[:, 3] = 0  # always zero, which is nothing to be warned of
+    x[:, 1] *= 1e5
+    assert lacks_rank(x.mT @ x / rows) == (rows < 7)
+    x[:, 5] = 2 * x[:, 1] - x[:, 0]
+    assert lacks_rank(x.mT @ x / rows)
 
 
 def test_matrices_that_are_no_second_moments_are_refused():
