@@ -30,6 +30,7 @@ from headwater.audit.memorization import (
     label_memory,
     owed_to_itself,
     perplexity,
+    ranking_kept,
     recitation,
     recited_examples,
 )
@@ -112,6 +113,7 @@ __all__ = [
     "outside",
     "owed_to_itself",
     "perplexity",
+    "ranking_kept",
     "recitation",
     "recited_examples",
     "spectrum",

@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headwater.core.capture import BatchPlan, plan_batches
+from headwater.core.capture import BatchPlan, evaluation_mode, plan_batches
 from headwater.core.examples import Examples, as_examples
 from headwater.core.forward import evaluate
 from headwater.core.prediction import Categorical
 from headwater.core.task import Task
 from headwater.models.greedy import greedy
 from headwater.numerics.edit_distance import normalized_distances
+from headwater.numerics.ranks import kept_ranking
 from headwater.numerics.resampling import Estimate, bootstrap
 
 LOOSE = 0.75  # least similarity 1 - d/L of what counts as recited loosely
@@ -175,6 +176,41 @@ def perplexity(model: nn.Module, task: Task, examples: Any, *, batch_size: int =
     return float(torch.tensor(loss / count).exp())
 
 
+def ranking_kept(
+    model: nn.Module,
+    reference: nn.Module,
+    task: Task,
+    examples: Any,
+    *,
+    k: int = 10,
+    batch_size: int = 32,
+) -> Estimate:
+    """How well a model keeps the ranking of the next tokens that another has, say itself before an edit: nDCG@k.
+
+    The mean over scored positions of an example, and over examples with an interval; see
+    `headwater.numerics.ranks.kept_ranking`.
+
+    Args:
+        model: The model.
+        reference: The other.
+        task: Their task.
+        examples: Texts.
+        k: How many of the reference's likeliest tokens count.
+        batch_size: Most texts in a batch.
+    """
+    data = as_examples(examples)
+
+    def kept(model: nn.Module, batch: Any) -> Float[Tensor, " batch"]:
+        found, before = task.predict(model, batch), task.predict(reference, batch)
+        mask = found.mask
+        each = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+        each[mask] = kept_ranking(found.outputs[mask].float(), before.outputs[mask].float(), k)
+        return each.sum(1) / mask.sum(1).clamp(min=1)
+
+    with evaluation_mode(reference):
+        return mean_of(evaluate(model, data, kept, batches=_batches(data, batch_size)))
+
+
 def _batches(data: Examples, batch_size: int) -> list[BatchPlan]:
     return plan_batches(data, batch_size=batch_size, batch_tokens=4096)
 
@@ -273,6 +309,7 @@ __all__ = [
     "label_memory",
     "owed_to_itself",
     "perplexity",
+    "ranking_kept",
     "recitation",
     "recited_examples",
 ]

@@ -11,6 +11,7 @@ from headwater.audit.memorization import (
     label_memory,
     owed_to_itself,
     perplexity,
+    ranking_kept,
     recitation,
     recited_examples,
 )
@@ -91,6 +92,25 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     nn.init.zeros_(model[1].bias)
     ids = torch.randint(7, (5, 6))
     assert perplexity(model, CausalLM(), (ids, ids)) == pytest.approx(7.0, rel=1e-5)
+
+
+def test_the_ranking_of_next_tokens_is_kept_by_the_model_itself_and_lost_by_a_change():
+    model, other = Successor(), Successor()
+    with torch.no_grad():  # tokens in the order 1, 2, …, 0 behind every one
+        for each in (model, other):
+            each.table.copy_(torch.linspace(1, 0, 10).roll(1).expand(10, 10))
+        other.table[3] = other.table[3].flip(0)
+    ids = torch.tensor([[1, 2, 4, 5], [1, 3, 3, 5]])
+    data = (ids, ids)
+    same = ranking_kept(model, model, CausalLM(), data)
+    assert same.value == same.low == same.high == 1
+    # behind 3 it ranks 8, 7, …, 0, 9 where the first had 1, 2, …, 9, 0: of worth 3, 4, …, 10, 1, 2
+    discounted = [1 / math.log2(r + 2) for r in range(10)]
+    worth = [3, 4, 5, 6, 7, 8, 9, 10, 1, 2]
+    best = sum(w * d for w, d in zip(range(10, 0, -1), discounted, strict=True))
+    lost = sum(w * d for w, d in zip(worth, discounted, strict=True)) / best
+    found = ranking_kept(other, model, CausalLM(), data)
+    assert found.n == 2 and found.value == pytest.approx((1 + (1 + lost + lost) / 3) / 2)
 
 
 # Labels
