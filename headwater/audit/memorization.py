@@ -26,6 +26,7 @@ from headwater.numerics.ranks import kept_ranking
 from headwater.numerics.resampling import Estimate, bootstrap
 
 LOOSE = 0.75  # least similarity 1 - d/L of what counts as recited loosely
+_MOST_LEVERAGE = 0.95
 OWED = 0.25  # from which an example counts as memorized (Feldman and Zhang)
 
 
@@ -216,25 +217,32 @@ def _batches(data: Examples, batch_size: int) -> list[BatchPlan]:
 
 
 def owed_to_itself(
-    probability: Float[Tensor, " n"], self_influence: Float[Tensor, " n"]
+    loss: Float[Tensor, " n"], self_influence: Float[Tensor, " n"], *, exact: bool = False
 ) -> Float[Tensor, " n"]:
-    r"""How much of its label's probability a training example owes to having been trained on, $p_y (1 - e^{-s})$.
+    r"""How much of its label's probability a training example owes to having been trained on.
 
-    Without the example its loss would be higher by its self-influence s, to first order. What the probability would
-    lose is the memorization of Feldman and Zhang (2020), "What Neural Networks Memorize and Why", arXiv:2008.03703,
-    who train many models to know it and call 0.25 and more memorized. What the example itself adds to the curvature is
-    left out, so that the estimate is too low for the most unusual ones.
+    Its self-influence s is what leaving it out would add to its loss $-\log p_y$, to first order, and $s / (1 - p_y)$
+    is what the log-odds of its label would fall by. They are carried on as a straight line, since at labels learnt by
+    heart loss and gradient vanish together. What the probability loses is the memorization of Feldman and Zhang (2020),
+    "What Neural Networks Memorize and Why", arXiv:2008.03703, who train many models to know it and call 0.25 and more
+    memorized.
 
     Args:
-        probability: $p_y$ of the fitted model.
+        loss: $-\log p_y$ of the fitted model.
         self_influence: s, in nats.
+        exact: Whether s is by the exact curvature, which goes with the example: the log-odds then fall by
+            $1 / (1 - h)$ times as much, with the leverage $h = p_y s / (1 - p_y)$ (exactly so for two classes).
 
     Example:
-        >>> import math
-        >>> owed_to_itself(torch.tensor([0.9, 0.9]), torch.tensor([0.0, math.log(3)])).tolist()
-        [0.0, 0.6000000238418579]
+        >>> owed_to_itself(torch.tensor([2.0]).log(), torch.tensor([3.0]).log() / 2)  # from odds of 1:1 to 1:3
+        tensor([0.2500])
     """
-    return probability * -torch.expm1(-self_influence.clamp(min=0))
+    p, rest = (-loss).exp(), -torch.expm1(-loss)
+    shift = torch.where(rest > 0, self_influence.clamp(min=0) / rest.clamp(min=1e-300), 0.0)
+    odds = -loss - rest.clamp(min=1e-300).log()
+    if exact:
+        shift = shift / (1 - (p * shift).clamp(max=_MOST_LEVERAGE))
+    return p - (odds - shift).sigmoid()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -396,7 +396,9 @@ class NeighbourDisagreement(Measure):
     title: ClassVar[str] = "neighbours of another label"
 
     def missing(self, subject: Subject) -> str:
-        return "" if subject.classes else NO_CLASS
+        if not subject.classes:
+            return NO_CLASS
+        return "" if len(subject) > 1 else "needs other examples"
 
     def measure(self, subject: Subject) -> Float[Tensor, " train"]:
         labels = subject.labels

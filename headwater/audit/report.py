@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwater.audit.base import Findings, Passes, Section, Table, joined
-from headwater.audit.curvature_spectrum import spectrum
+from headwater.audit.curvature_spectrum import Spectrum, spectrum
 from headwater.audit.memorization import OWED, Recitation, owed_to_itself, recited_examples
 from headwater.audit.mislabel import IFComplexity, Mislabels, SelfInfluence
 from headwater.audit.outliers import Outliers, outside
@@ -31,8 +31,10 @@ _CANDIDATES = 50  # texts that are tried for recitation
 _FEWEST, _OTHERS = 5, 200  # examples learnt by heart, and others, for a spectrum
 
 
-def outliers(subject: Subject) -> Findings:
-    """Inputs unlike the others."""
+def outliers(subject: Subject) -> Findings | None:
+    """Inputs unlike the others; None where there are none."""
+    if len(subject) < 2:
+        return None
     return Outliers(neighbours=subject.n_neighbours).of(subject)
 
 
@@ -137,7 +139,8 @@ def _recited(subject: Subject, prefix: int, suffix: int) -> tuple[list[int], Rec
 
 
 def _owed(subject: Subject) -> Float[Tensor, " train"]:
-    return owed_to_itself(subject.final.probability, SelfInfluence().measure(subject))
+    own, exact = SelfInfluence().measure(subject), subject.fit.curvature.kind in ("dual", "dense")
+    return owed_to_itself(subject.final.loss, own, exact=exact)
 
 
 def _labels_by_heart(subject: Subject) -> Findings:
@@ -188,28 +191,17 @@ def recital(subject: Subject, *, prefix: int = 32, suffix: int = 32) -> Findings
         )
     draw = torch.randperm(len(subject), generator=torch.Generator().manual_seed(0)).tolist()
     others = [i for i in draw if i not in set(known)][:_OTHERS]
-    sentences = (
+    sentences: tuple[str, ...] = (
         f"{len(known)} of the training examples are learnt by heart, and {_FEWEST} are needed to say which directions "
         "of the weights serve them.",
     )
     tables: tuple[Table, ...] = ()
     if len(known) >= _FEWEST and others:
         sets = {"clean": train.subset(others), "memorized": train.subset(known)}
-        seen = spectrum(fit, sets)
-        rows = seen.table()
-        sentences = (
-            f"In the half of the directions where the curvature is lowest, the {len(known)} examples learnt by heart "
-            f"are {seen.sensitivity('memorized'):.2f} times as active as {len(others)} others (mean of "
-            f"{len(seen.layers)} layers).",
-            "Above one, `headwater forget curvature-edit` can remove directions that serve them more than others; near "
-            "one it takes ordinary examples along.",
-        )
-        tables = (
-            Table(
-                title="Activity on what was learnt by heart over that on others, by layer and band",
-                columns={name: column for name, column in rows.items() if name != "set"},
-            ),
-        )
+        try:
+            sentences, tables = _bands_told(spectrum(fit, sets), len(known), len(others))
+        except ValueError as error:  # the fit has no factors, or they rest on too little
+            sentences = (f"Which directions of the weights recite cannot be told: {error}",)
     section = Section(
         name="recital",
         title="Directions of the weights that recite",
@@ -220,6 +212,20 @@ def recital(subject: Subject, *, prefix: int = 32, suffix: int = 32) -> Findings
         papers=("arXiv:2510.24256",),
     )
     return Findings(ids=train.ids, columns={}, sections=(section,), metadata=train.metadata)
+
+
+def _bands_told(
+    seen: Spectrum, known: int, others: int
+) -> tuple[tuple[str, ...], tuple[Table, ...]]:
+    """What a spectrum says of so many examples learnt by heart beside others."""
+    columns = {name: column for name, column in seen.table().items() if name != "set"}
+    title = "Activity on what was learnt by heart over that on others, by layer and band"
+    return (
+        f"In the half of the directions where the curvature is lowest, the {known} examples learnt by heart are "
+        f"{seen.sensitivity('memorized'):.2f} times as active as {others} others (mean of {len(seen.layers)} layers).",
+        "Above one, `headwater forget curvature-edit` can remove directions that serve them more than others; near one "
+        "it takes ordinary examples along.",
+    ), (Table(title=title, columns=columns),)
 
 
 def structure(subject: Subject) -> Findings:

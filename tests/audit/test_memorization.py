@@ -164,7 +164,8 @@ def test_what_labels_owe_to_themselves_is_what_leaving_them_out_takes_away():
         model.weight.copy_(softmax_regression(x, y, whole))
     fit = headwater.fit(model, (x, y), Classification(), curvature=Dense(), weight_decay=RIDGE)
     subject = Subject(fit)
-    p, own = subject.final.probability, SelfInfluence(damping=RIDGE).measure(subject)
+    p, loss = subject.final.probability, subject.final.loss
+    own = SelfInfluence(damping=RIDGE).measure(subject)
 
     def lost(share):
         """What leaving out that share of each example takes from its label's probability."""
@@ -176,15 +177,32 @@ def test_what_labels_owe_to_themselves_is_what_leaving_them_out_takes_away():
         return p - torch.stack(after)
 
     # a share of the self-influence is that of the whole to first order
-    torch.testing.assert_close(owed_to_itself(p, 1e-4 * own), lost(1e-4), rtol=1e-3, atol=1e-12)
-    found, actual = owed_to_itself(p, own), lost(1.0)
-    assert float(spearman(found[None], actual[None])) > 0.98
-    # what one example of forty bends the loss itself is left out, so that estimates are too low
-    assert bool((found < actual).all()) and bool((found > actual / 2).all())
+    torch.testing.assert_close(owed_to_itself(loss, 1e-4 * own), lost(1e-4), rtol=1e-3, atol=1e-12)
+    actual = lost(1.0)
+    plain, exact = (owed_to_itself(loss, own, exact=e) for e in (False, True))
+    for found in (plain, exact):
+        assert float(spearman(found[None], actual[None])) > 0.98
+    # without the example there is less curvature to hold it, which the leverage knows
+    assert bool((plain < actual).all()) and bool((plain > 0.6 * actual).all())
+    assert float((exact - actual).norm()) < 0.3 * float((plain - actual).norm())
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9, 0.999])
+def test_of_two_classes_the_leverage_is_the_share_of_the_curvature(p):
+    """One parameter beside a ridge: without the example nothing but the ridge holds it."""
+    ridge, odds = 0.05, math.log(p / (1 - p))
+    curvature, gradient = p * (1 - p), 1 - p
+    own = torch.tensor([gradient**2 / (curvature + ridge)], dtype=torch.float64)
+    assert p * float(own) / (1 - p) == pytest.approx(curvature / (curvature + ridge))
+    expected = p - 1 / (1 + math.exp(gradient / ridge - odds))  # a step of g / ρ
+    loss = torch.tensor([-math.log(p)], dtype=torch.float64)
+    assert float(owed_to_itself(loss, own, exact=True)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_what_changes_nothing_owes_nothing_and_no_label_owes_more_than_it_has():
-    p = torch.tensor([0.2, 0.9, 1.0]).double()
-    assert owed_to_itself(p, torch.zeros(3).double()).tolist() == [0, 0, 0]
-    torch.testing.assert_close(owed_to_itself(p, torch.full((3,), 99.0).double()), p)
-    assert owed_to_itself(p, torch.full((3,), -1e-9).double()).tolist() == [0, 0, 0]
+    p = torch.tensor([0.2, 0.9, 1.0 - 1e-9], dtype=torch.float64)
+    loss, zero = -p.log(), torch.zeros(3).double()
+    torch.testing.assert_close(owed_to_itself(loss, zero), zero, rtol=0, atol=1e-12)
+    torch.testing.assert_close(owed_to_itself(loss, zero - 1e-9), zero, rtol=0, atol=1e-12)
+    torch.testing.assert_close(owed_to_itself(loss, zero + 999), p)
+    assert owed_to_itself(zero, zero).tolist() == [0, 0, 0]  # certain, and nothing says why

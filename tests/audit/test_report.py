@@ -91,17 +91,19 @@ def test_inputs_of_which_the_model_knows_little_are_ranked_by_if_comp_at_no_furt
     assert complexity(Subject(case("lm").fit(EKFAC()))) is None
 
 
-def by_heart():
+def by_heart(curvature="ekfac"):
     """A network that has learnt random labels of 40 points, and a fit of it."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 6, generator=generator)
     y = torch.randint(3, (40,), generator=generator)
-    rule = SGD(lr=0.1, momentum=0.9, batch_size=40, epochs=300, schedule="constant")
+    rule = SGD(
+        lr=0.1, momentum=0.9, weight_decay=1e-2, batch_size=40, epochs=300, schedule="constant"
+    )
     model = mlp([6, 32, 3], seed=0)
     trained = train([model], x, y, subsets=torch.arange(40)[None], seeds=[0], optimizer=rule)
     model.load_state_dict({name: p[0] for name, p in trained.items()})
     task = headwater.Classification()
-    return headwater.fit(model, (x, y), task, curvature=EKFAC(), weight_decay=1e-3)
+    return headwater.fit(model, (x, y), task, curvature=curvature, weight_decay=1e-2)
 
 
 def test_labels_learnt_by_heart_are_told_with_the_weights_that_serve_them():
@@ -109,7 +111,7 @@ def test_labels_learnt_by_heart_are_told_with_the_weights_that_serve_them():
     found = audit(fit, sections=("memorization", "recital"))
     subject = Subject(fit)
     own = torch.as_tensor(found.columns["self_influence"])
-    owed = owed_to_itself(subject.final.probability, own)
+    owed = owed_to_itself(subject.final.loss, own)
     torch.testing.assert_close(found.columns["memorization"], owed)
     n = int((owed >= 0.25).sum())
     assert 5 <= n < 40
@@ -126,6 +128,12 @@ def test_labels_learnt_by_heart_are_told_with_the_weights_that_serve_them():
     table = told.tables[0].columns
     assert table["ratio"] == pytest.approx(expected.table()["ratio"], rel=1e-5)
     assert table["layer"] == ["0"] * 4 + ["2"] * 4
+
+
+def test_a_fit_without_factors_says_why_its_weights_are_not_told():
+    told = recital(Subject(by_heart("dual")))
+    assert told is not None and told.sections[0].tables == ()
+    assert "cannot be told: This fit holds a dual curvature" in told.sections[0].sentences[0]
 
 
 def test_too_few_examples_learnt_by_heart_say_nothing_of_the_weights():
