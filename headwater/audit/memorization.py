@@ -184,7 +184,7 @@ def ranking_kept(
     examples: Any,
     *,
     k: int = 10,
-    batch_size: int = 32,
+    batch_size: int = 8,
 ) -> Estimate:
     """How well a model keeps the ranking of the next tokens that another has, say itself before an edit: nDCG@k.
 

@@ -23,6 +23,8 @@ from headwater.core.prediction import Categorical
 from headwater.numerics.calibration import Reliability, reliability
 from headwater.numerics.resampling import Estimate, bootstrap
 
+_AT_ONCE = 512  # positions whose probabilities are held at a time
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sureness:
@@ -59,9 +61,7 @@ class Sureness:
         )
 
 
-def sureness_of(
-    probabilities: Float[Tensor, "n class"], labels: Int[Tensor, " n"], **more: Any
-) -> Sureness:
+def sureness_of(probabilities: Float[Tensor, "n class"], labels: Int[Tensor, " n"]) -> Sureness:
     """Of probabilities that are known, one row an example.
 
     Example:
@@ -73,36 +73,36 @@ def sureness_of(
     confidence, answer = p.max(1)
     own = p.gather(1, labels[:, None]).squeeze(1)
     return Sureness(
-        confidence=confidence, right=answer == labels, own=own, example=torch.arange(len(p)), **more
+        confidence=confidence, right=answer == labels, own=own, example=torch.arange(len(p))
     )
 
 
 def sureness(model: nn.Module, fit: Fit, examples: Examples) -> Sureness | None:
     """What a model answers to examples; None where it predicts no classes or tokens."""
     device = next(model.parameters()).device
-    parts, classes = [], []
+    rows: list[Tensor] = []
+    told: list[Sureness] = []
+    kept: list[tuple[Tensor, Tensor]] | None = []  # of classes; logits of texts are too many
     with evaluation_mode(model), torch.no_grad():
         for plan in fit.batches(examples):
             found = fit.task.predict(model, to_device(examples.batch(plan.indices), device))
             if not isinstance(found, Categorical):
                 return None
-            mask, labels = found.mask, found.labels
-            if labels.shape[1] == 1:
-                classes.append((found.logits[:, 0].double().cpu(), labels[:, 0].cpu()))
-            row = torch.tensor(plan.indices)[:, None].expand(mask.shape)[mask.cpu()]
-            scored = found.logits[mask].double().softmax(-1).cpu()
-            parts.append((row, sureness_of(scored, labels[mask].cpu())))
+            kept = kept if found.labels.shape[1] == 1 else None
+            for row, at in (some.unbind(1) for some in found.mask.nonzero().split(_AT_ONCE)):
+                z, y = found.logits[row, at].double().cpu(), found.labels[row, at].cpu()
+                rows.append(torch.tensor(plan.indices)[row.cpu()])
+                told.append(sureness_of(z.softmax(1), y))
+                if kept is not None:
+                    kept.append((z, y))
     temperature = None
-    if len(classes) == len(parts):
-        logits, given = (torch.cat(values) for values in zip(*classes, strict=True))
-        known = given >= 0
-        temperature = best_temperature(logits[known], given[known])
-    every = [p for _, p in parts]
+    if kept is not None:
+        temperature = best_temperature(*(torch.cat(v) for v in zip(*kept, strict=True)))
     return Sureness(
-        confidence=torch.cat([p.confidence for p in every]),
-        right=torch.cat([p.right for p in every]),
-        own=torch.cat([p.own for p in every]),
-        example=torch.cat([row for row, _ in parts]),
+        confidence=torch.cat([t.confidence for t in told]),
+        right=torch.cat([t.right for t in told]),
+        own=torch.cat([t.own for t in told]),
+        example=torch.cat(rows),
         temperature=temperature,
     )
 

@@ -67,10 +67,9 @@ def kept_ranking(
     k = min(k, scores.shape[-1])
     worth = torch.arange(k, 0, -1, dtype=torch.float64, device=scores.device)
     discounted = 1 / torch.arange(2, k + 2, dtype=torch.float64, device=scores.device).log2()
-    order = [x.argsort(dim=-1, descending=True, stable=True)[..., :k] for x in (scores, reference)]
-    of_each = torch.zeros(scores.shape, dtype=torch.float64, device=scores.device)
-    of_each = of_each.scatter(-1, order[1], worth.expand(order[1].shape))
-    return (of_each.gather(-1, order[0]) * discounted).sum(-1) / (worth * discounted).sum()
+    first, best = (x.topk(k, dim=-1).indices for x in (scores, reference))
+    found = (first[..., :, None] == best[..., None, :]).double() @ worth  # what each is worth
+    return (found * discounted).sum(-1) / (worth * discounted).sum()
 
 
 def redrawn_spearman(
