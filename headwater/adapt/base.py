@@ -47,6 +47,7 @@ from headwater.core.quantized import (
 )
 from headwater.core.store import Artifact, ArtifactWriter
 from headwater.core.task import Task
+from headwater.numerics.rounding import lacks_rank
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -341,9 +342,11 @@ class _FromFit:
         return self.fit.made_from["data"]
 
     @property
-    def positions(self) -> int | None:
-        """Positions of the training data, where examples tell their lengths."""
-        return None if self.fit.train.lengths is None else self.fit.n_rows
+    def positions(self) -> int:
+        """Positions that the covariances are means over."""
+        if self.fit.train.lengths is not None:
+            return self.fit.n_rows
+        return int(self.fit.curvature.facts.get("moments_positions", self.fit.n_rows))
 
     def covariance(self, name: str) -> Float[Tensor, "in in"]:
         """A of a module, without the row and column of the bias."""
@@ -385,6 +388,13 @@ class _Given:
     def __post_init__(self):
         if missing := [name for name in self.names if name not in self.moments]:
             raise ValueError(f"There is no second moment of what {missing[0]!r} reads.")
+        if short := [name for name in self.names if lacks_rank(self.moments[name])]:
+            more = f" and of {len(short) - 1} other layers" if len(short) > 1 else ""
+            warnings.warn(
+                f"The second moment of what {short[0]!r} reads{more} is of lower rank than it has inputs; it is "
+                "damped, and one of more data would serve better.",
+                stacklevel=4,
+            )
 
     @property
     def data(self) -> str:

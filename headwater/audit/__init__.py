@@ -1,9 +1,10 @@
 """Audit: what is wrong with the data or the model, each finding with its evidence and what it cost.
 
 `audit` reads the fit that attribution uses and gives a table whose columns users of cleanlab recognise: `Mislabels`
-ranks examples by how doubtful their labels are, `Outliers` inputs by how unlike the others they are. A random sample
-that a person verified puts error control on it (`controlled`), and what is found becomes a change set that
-`headwater.training.verify.verify` takes.
+ranks examples by how doubtful their labels are, `Outliers` inputs by how unlike the others they are, and
+`Overconfidence` holds the model's confidence against held-out data. A random sample that a person verified puts error
+control on the ranking (`controlled`), and what is found becomes a change set that `headwater.training.verify.verify`
+takes.
 
 Memorization: which passages a model recites, which wrong labels it has kept, and along which directions of its weights
 it is more active on what it has learnt by heart. Structure: which directions of the weights do nothing.
@@ -27,13 +28,16 @@ from headwater.audit.memorization import (
     LabelMemory,
     Recitation,
     label_memory,
+    owed_to_itself,
     perplexity,
+    ranking_kept,
     recitation,
     recited_examples,
 )
 from headwater.audit.mislabel import (
     AUM,
     EL2N,
+    IFD,
     MEASURES,
     Confidence,
     ConfidentLearning,
@@ -53,6 +57,7 @@ from headwater.audit.mislabel import (
     measure_all,
 )
 from headwater.audit.outliers import Outliers, outside
+from headwater.audit.overconfidence import Overconfidence, Sureness, sureness_of
 from headwater.audit.report import SECTIONS, audit
 from headwater.audit.subject import (
     Outlook,
@@ -64,6 +69,7 @@ from headwater.audit.survey import Survey
 __all__ = [
     "AUM",
     "EL2N",
+    "IFD",
     "MEASURES",
     "SECTIONS",
     "Auditor",
@@ -82,6 +88,7 @@ __all__ = [
     "NeighbourDisagreement",
     "Outliers",
     "Outlook",
+    "Overconfidence",
     "Passes",
     "Perplexity",
     "Recitation",
@@ -89,6 +96,7 @@ __all__ = [
     "SelfInfluence",
     "Spectrum",
     "Subject",
+    "Sureness",
     "Survey",
     "Table",
     "Variability",
@@ -103,9 +111,12 @@ __all__ = [
     "out_of_fold",
     "outlook",
     "outside",
+    "owed_to_itself",
     "perplexity",
+    "ranking_kept",
     "recitation",
     "recited_examples",
     "spectrum",
+    "sureness_of",
     "write_sheet",
 ]

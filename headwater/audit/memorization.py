@@ -15,16 +15,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headwater.core.capture import BatchPlan, plan_batches
+from headwater.core.capture import BatchPlan, evaluation_mode, plan_batches
 from headwater.core.examples import Examples, as_examples
 from headwater.core.forward import evaluate
 from headwater.core.prediction import Categorical
 from headwater.core.task import Task
 from headwater.models.greedy import greedy
 from headwater.numerics.edit_distance import normalized_distances
+from headwater.numerics.ranks import kept_ranking
 from headwater.numerics.resampling import Estimate, bootstrap
 
 LOOSE = 0.75  # least similarity 1 - d/L of what counts as recited loosely
+_MOST_LEVERAGE = 0.95
+OWED = 0.25  # from which an example counts as memorized (Feldman and Zhang)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,8 +177,72 @@ def perplexity(model: nn.Module, task: Task, examples: Any, *, batch_size: int =
     return float(torch.tensor(loss / count).exp())
 
 
+def ranking_kept(
+    model: nn.Module,
+    reference: nn.Module,
+    task: Task,
+    examples: Any,
+    *,
+    k: int = 10,
+    batch_size: int = 8,
+) -> Estimate:
+    """How well a model keeps the ranking of the next tokens that another has, say itself before an edit: nDCG@k.
+
+    The mean over scored positions of an example, and over examples with an interval; see
+    `headwater.numerics.ranks.kept_ranking`.
+
+    Args:
+        model: The model.
+        reference: The other.
+        task: Their task.
+        examples: Texts.
+        k: How many of the reference's likeliest tokens count.
+        batch_size: Most texts in a batch.
+    """
+    data = as_examples(examples)
+
+    def kept(model: nn.Module, batch: Any) -> Float[Tensor, " batch"]:
+        found, before = task.predict(model, batch), task.predict(reference, batch)
+        mask = found.mask
+        each = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+        each[mask] = kept_ranking(found.outputs[mask].float(), before.outputs[mask].float(), k)
+        return each.sum(1) / mask.sum(1).clamp(min=1)
+
+    with evaluation_mode(reference):
+        return mean_of(evaluate(model, data, kept, batches=_batches(data, batch_size)))
+
+
 def _batches(data: Examples, batch_size: int) -> list[BatchPlan]:
     return plan_batches(data, batch_size=batch_size, batch_tokens=4096)
+
+
+def owed_to_itself(
+    loss: Float[Tensor, " n"], self_influence: Float[Tensor, " n"], *, exact: bool = False
+) -> Float[Tensor, " n"]:
+    r"""How much of its label's probability a training example owes to having been trained on.
+
+    Its self-influence s is what leaving it out would add to its loss $-\log p_y$, to first order, and $s / (1 - p_y)$
+    is what the log-odds of its label would fall by. They are carried on as a straight line, since at labels learnt by
+    heart loss and gradient vanish together. What the probability loses is the memorization of Feldman and Zhang (2020),
+    "What Neural Networks Memorize and Why", arXiv:2008.03703, who train many models to know it and call 0.25 and more
+    memorized.
+
+    Args:
+        loss: $-\log p_y$ of the fitted model.
+        self_influence: s, in nats.
+        exact: Whether s is by the exact curvature, which goes with the example: the log-odds then fall by
+            $1 / (1 - h)$ times as much, with the leverage $h = p_y s / (1 - p_y)$ (exactly so for two classes).
+
+    Example:
+        >>> owed_to_itself(torch.tensor([2.0]).log(), torch.tensor([3.0]).log() / 2)  # from odds of 1:1 to 1:3
+        tensor([0.2500])
+    """
+    p, rest = (-loss).exp(), -torch.expm1(-loss)
+    shift = torch.where(rest > 0, self_influence.clamp(min=0) / rest.clamp(min=1e-300), 0.0)
+    odds = -loss - rest.clamp(min=1e-300).log()
+    if exact:
+        shift = shift / (1 - (p * shift).clamp(max=_MOST_LEVERAGE))
+    return p - (odds - shift).sigmoid()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -248,7 +315,9 @@ __all__ = [
     "LabelMemory",
     "Recitation",
     "label_memory",
+    "owed_to_itself",
     "perplexity",
+    "ranking_kept",
     "recitation",
     "recited_examples",
 ]

@@ -343,6 +343,29 @@ class Perplexity(Measure):
 
 
 @dataclass(frozen=True, kw_only=True)
+class IFD(Measure):
+    r"""Instruction-following difficulty: the perplexity of an answer behind its prompt over that of the answer alone.
+
+    $\exp(\overline{\mathrm{NLL}}(A \mid Q) - \overline{\mathrm{NLL}}(A))$, 1 where the answer is a single token. Below
+    1 the prompt helps to say the answer; at 1 and above the two do not belong together, and among those below 1 the
+    highest teach most. With a fit of a small model it is their superfiltering.
+
+    Li et al. (2024), arXiv:2308.12032.
+    """
+
+    name: ClassVar[str] = "ifd"
+    title: ClassVar[str] = "instruction-following difficulty"
+    paper: ClassVar[str] = "arXiv:2308.12032"
+
+    def missing(self, subject: Subject) -> str:
+        return "" if subject.has_prompts else "needs texts with prompts that are not scored"
+
+    def measure(self, subject: Subject) -> Float[Tensor, " train"]:
+        behind, alone = subject.answers
+        return (behind - alone).exp()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConfidentLearning(Measure):
     """cleanlab's label quality under out-of-fold probabilities (self-confidence); needs the extra `audit`.
 
@@ -373,7 +396,9 @@ class NeighbourDisagreement(Measure):
     title: ClassVar[str] = "neighbours of another label"
 
     def missing(self, subject: Subject) -> str:
-        return "" if subject.classes else NO_CLASS
+        if not subject.classes:
+            return NO_CLASS
+        return "" if len(subject) > 1 else "needs other examples"
 
     def measure(self, subject: Subject) -> Float[Tensor, " train"]:
         labels = subject.labels
@@ -393,6 +418,7 @@ MEASURES: tuple[Measure, ...] = (
     Variability(),
     Forgetting(),
     Perplexity(),
+    IFD(),
     NeighbourDisagreement(),
     ConfidentLearning(),
 )

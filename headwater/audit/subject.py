@@ -4,7 +4,7 @@ Measures share passes: the model is run over the data once at its end and once a
 ask. Every pass is noted, so that each measure can say what it would have cost alone and the audit what was paid.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,9 +17,10 @@ from headwater.audit.base import Passes
 from headwater.core.capture import Progress, sweep
 from headwater.core.fit import Fit, fits_at
 from headwater.core.forward import evaluate, representations
-from headwater.core.prediction import Categorical, Prediction
+from headwater.core.prediction import IGNORE, Categorical, Prediction
 from headwater.core.scoring import Norms
 from headwater.core.target import Loss
+from headwater.core.task import CausalLM, Task
 from headwater.numerics.neighbours import nearest
 from headwater.training.trajectory import Trajectory
 
@@ -86,6 +87,30 @@ def _of_batch(prediction: Prediction) -> Float[Tensor, "batch column"]:
     return torch.cat([found, labels.double(), prediction.logits[:, 0].double()], dim=1)
 
 
+def answer_losses(
+    model: nn.Module, task: Task, batch: Mapping[str, Tensor]
+) -> Float[Tensor, "batch 2"]:
+    """Mean loss a token of what is scored, behind what is not, and of the same tokens standing alone (nats).
+
+    Both are means over the same tokens: all but the first, which nothing precedes where the answer stands alone. Zero
+    where there is no second one.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    scored = labels != IGNORE
+    rest = scored & (scored.long().cumsum(1) > 1)
+    order = (~scored).long().argsort(dim=1, stable=True)[:, : int(scored.sum(1).max())]
+    kept = scored.gather(1, order)
+    answer = ids.gather(1, order)
+    alone = {
+        "input_ids": answer.masked_fill(~kept, 0),
+        "attention_mask": kept.long(),
+        "labels": answer.masked_fill(~kept, IGNORE),
+    }
+    behind = {**batch, "labels": labels.masked_fill(~rest, IGNORE)}
+    found = (task.predict(model, each) for each in (behind, alone))
+    return torch.stack([p.loss().double() / p.mask.sum(1).clamp(min=1) for p in found], dim=1)
+
+
 class Subject:
     """A fit under audit.
 
@@ -95,6 +120,7 @@ class Subject:
         probabilities: Probabilities of the classes for each example by models that were not trained on it.
         probabilities_cost: What those cost.
         neighbours: Nearest neighbours that are looked at, in the model's last representation.
+        heldout: Labelled examples that the model was not trained on.
         progress: Called with (done, total, note).
 
     Raises:
@@ -109,9 +135,11 @@ class Subject:
         probabilities: Float[Tensor, "train class"] | None = None,
         probabilities_cost: Passes | None = None,
         neighbours: int = 10,
+        heldout: Any = None,
         progress: Progress | None = None,
     ):
         self.fit, self.progress, self.n_neighbours = fit, progress, neighbours
+        self.heldout = heldout
         self.trajectories = [t for t in trajectories if any(c.step for c in t.checkpoints)]
         self._known: dict[Any, Any] = {}
         self._costs: dict[Any, Passes] = {}
@@ -289,6 +317,33 @@ class Subject:
     def out_of_fold(self) -> Float[Tensor, "train class"] | None:
         """The given probabilities, at the cost that was told."""
         return self.once("probabilities", self._probabilities_cost, lambda: self.probabilities)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether some texts begin with a prompt: tokens that a causal language model reads and is not scored on."""
+        train = self.fit.train
+        if not isinstance(self.fit.task, CausalLM) or train.lengths is None:
+            return False
+        scored = self._final(note=False).count
+        return bool((scored < torch.tensor(train.lengths) - 1).any())
+
+    @property
+    def answers(self) -> tuple[Float[Tensor, " train"], Float[Tensor, " train"]]:
+        """Mean loss a token of each text's answer: behind its prompt, and standing alone (nats)."""
+        fit = self.fit
+
+        def make() -> Tensor:
+            return evaluate(
+                fit.model,
+                fit.train,
+                lambda model, batch: answer_losses(model, fit.task, batch),
+                batches=fit.batches(fit.train),
+                progress=self.progress,
+                note="answers with and without their prompts",
+            )
+
+        found = self.once("answers", Passes(forward=2), make)
+        return found[:, 0], found[:, 1]
 
     def _outlook(self, model: nn.Module, note: str) -> Outlook:
         fit, kinds = self.fit, set()

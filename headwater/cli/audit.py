@@ -30,7 +30,7 @@ PARTS = {  # what an audit may look at alone; a run folder of that name is ./str
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Audit the training data of a fit: doubtful labels or texts, inputs unlike the others, with what it cost.
+    """Audit a fit: doubtful labels or texts, inputs unlike the others, how sure the model may be, with what it cost.
 
     The report is printed and written into the run folder, as a page to open in a browser, as tables (Parquet and CSV,
     with columns that users of cleanlab know) and as a change set for `headwater verify RUN --audit`.
@@ -43,7 +43,7 @@ class Audit:
     Args:
         run: The run folder of `headwater fit`; or any folder with a fit in its subfolder fit, with --program.
         program: For models of other kinds: file.py:function, which is run with the folder, and returns (model, data,
-            task), and for verify the held-out data as a fourth.
+            task), and at will held-out data as a fourth, which verify needs.
         trajectory: Folder of the recorded training run; found beside the model, or in the run folder, when left out.
         out_of_fold: A .npy or .csv file of class probabilities by models that were not trained on the example.
         verified: A .csv or .jsonl file with the columns id and is_wrong, of examples drawn at random by --sample.
@@ -55,7 +55,8 @@ class Audit:
         issues: Mark so many labels, or texts, in place of the number that the probabilities suggest.
         measures: Names of the measures to take; every one that can be taken when left out.
         combine: Names of the measures whose ranks are averaged.
-        sections: What else to look at: outliers, memorization (of texts), structure (of the weights).
+        sections: What else to look at: outliers, complexity (inputs of which it knows little), memorization, recital
+            (weights that recite), overconfidence (on held-out data), structure (of the weights).
         neighbours: Nearest neighbours that are looked at.
         image: Rows and columns (with 1 or 3 channels before them) of images that are kept as vectors, to show them.
         name: Name of the audit in the run folder.
@@ -76,7 +77,7 @@ class Audit:
     issues: int | None = None
     measures: tuple[str, ...] = ()
     combine: tuple[str, ...] = ()
-    sections: tuple[str, ...] = ("outliers", "memorization")
+    sections: tuple[str, ...] = ("outliers", "memorization", "overconfidence")
     neighbours: int = 10
     image: tuple[int, ...] = ()
     name: str = "audit"
@@ -294,13 +295,14 @@ def _measure(command: Audit, *, quiet: bool) -> "Findings":
         n_issues=command.issues,
         neighbours=command.neighbours,
     )
-    fit, beside, _ = opened(command.run, command.program)
+    fit, beside, heldout = opened(command.run, command.program)
     with progress_bar(quiet=quiet) as progress:
         return audit(
             fit,
             labels=labels,
             trajectories=trajectories(command.trajectory, beside),
             probabilities=_probabilities(command.out_of_fold),
+            heldout=heldout,
             sections=command.sections,
             image=command.image or None,
             progress=progress,

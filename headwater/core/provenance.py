@@ -321,6 +321,18 @@ PAPERS: dict[str, str] = {
   pages={415--447},
   year={1992}
 }""",
+    "arXiv:2008.03703": """@inproceedings{feldman2020what,
+  title={What Neural Networks Memorize and Why: Discovering the Long Tail via Influence Estimation},
+  author={Feldman, Vitaly and Zhang, Chiyuan},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2020}
+}""",
+    "arXiv:2308.12032": """@inproceedings{li2024quantity,
+  title={From Quantity to Quality: Boosting {LLM} Performance with Self-Guided Data Selection for Instruction Tuning},
+  author={Li, Ming and Zhang, Yong and Li, Zhitao and Chen, Jiuhai and Chen, Lichang and Cheng, Ning and others},
+  booktitle={North American Chapter of the Association for Computational Linguistics},
+  year={2024}
+}""",
     "arXiv:2406.02745": """@inproceedings{ng2024measuring,
   title={Measuring Stochastic Data Complexity with {Boltzmann} Influence Functions},
   author={Ng, Nathan and Grosse, Roger and Ghassemi, Marzyeh},

@@ -178,7 +178,8 @@ def covariance_root(
 
     Args:
         covariance: Whole, or its diagonal.
-        jitter: Added to the diagonal, in units of its mean: pixels that never change make a covariance singular.
+        jitter: Added to the diagonal, in units of its mean: pixels that never change make a covariance singular. One of
+            zeros, as of a single example, is its own root.
 
     Raises:
         ValueError: The covariance is not positive definite even so.
@@ -186,6 +187,8 @@ def covariance_root(
     whole = covariance.ndim == 2
     diagonal = covariance.diagonal() if whole else covariance
     extra = jitter * diagonal.mean()
+    if not bool(covariance.any()):
+        return torch.zeros_like(covariance)
     if not whole:
         return (covariance.clamp(min=0) + extra).sqrt()
     root, info = torch.linalg.cholesky_ex(covariance + torch.diag(extra.expand(len(covariance))))

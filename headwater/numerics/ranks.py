@@ -44,6 +44,34 @@ def spearman(a: Float[Tensor, "*row n"], b: Float[Tensor, "*row n"]) -> Float[Te
     return pearson(average_ranks(a), average_ranks(b)).masked_fill(undefined, torch.nan)
 
 
+def kept_ranking(
+    scores: Float[Tensor, "*row n"], reference: Float[Tensor, "*row n"], k: int = 10
+) -> Float[Tensor, "*row"]:
+    r"""How well scores keep the top k of a reference, nDCG@k: 1 where they rank the same k in the same order.
+
+    The reference's first item is worth k, its second k - 1, and so on down to 1, all others nothing. The worth of the
+    first k items by the scores, the r-th discounted by $\log_2(r + 1)$, is divided by that of the reference's own.
+    Järvelin and Kekäläinen (2002), doi:10.1145/582415.582418; the worths are our choice.
+
+    Args:
+        scores: Higher for what comes first.
+        reference: Likewise.
+        k: How many count; all where there are fewer.
+
+    Example:
+        >>> kept_ranking(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([9.0, 5.0, 4.0]), 2).item()
+        1.0
+    """
+    if k < 1:
+        raise ValueError(f"k must be 1 or more; got {k}.")
+    k = min(k, scores.shape[-1])
+    worth = torch.arange(k, 0, -1, dtype=torch.float64, device=scores.device)
+    discounted = 1 / torch.arange(2, k + 2, dtype=torch.float64, device=scores.device).log2()
+    first, best = (x.topk(k, dim=-1).indices for x in (scores, reference))
+    found = (first[..., :, None] == best[..., None, :]).double() @ worth  # what each is worth
+    return (found * discounted).sum(-1) / (worth * discounted).sum()
+
+
 def redrawn_spearman(
     a: Float[Tensor, "*row n"], b: Float[Tensor, "*row n"], counts: Int[Tensor, " n"]
 ) -> Float[Tensor, "*row"]:

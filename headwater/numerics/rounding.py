@@ -103,6 +103,25 @@ def ldl(H: Float[Tensor, "in in"]) -> tuple[Float[Tensor, "in in"], Float[Tensor
     return (root / scale).triu(1), scale.square()
 
 
+def lacks_rank(H: Float[Tensor, "rows columns"]) -> bool:
+    """Whether an input is a linear combination of others; those that are always zero do not count.
+
+    It is where a pivot of `ldl`, what is left of the input once those after it are known, vanishes beside its own
+    second moment. A matrix that is no second moment has no rank of one, and lacks none.
+
+    Example:
+        >>> lacks_rank(torch.eye(2)), lacks_rank(torch.ones(2, 2)), lacks_rank(torch.diag(torch.tensor([1.0, 0.0])))
+        (False, True, False)
+    """
+    if H.shape[0] != H.shape[1] or not bool(torch.isfinite(H).all()):
+        return False
+    alive = H.diagonal() > 0
+    part = H[alive][:, alive].double()
+    lower, failed = torch.linalg.cholesky_ex(part.flip(0, 1))
+    pivots = lower.diagonal().flip(0).square()
+    return bool(failed) or bool((pivots <= 1e-10 * part.diagonal()).any())
+
+
 def quantize(
     z: Float[Tensor, "*shape"], top: int | None = None, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*shape"]:

@@ -21,7 +21,7 @@ from headwater.report.pictures import data_uri
 from headwater.report.terminal import Encodable
 
 # Columns shown beside an example, where there are: of a section, and in which order.
-_BESIDE = {
+_BESIDE: dict[str, tuple[str, ...]] = {
     "labels": (
         "label_score",
         "is_label_issue",
@@ -30,6 +30,8 @@ _BESIDE = {
         "self_influence",
         "perplexity",
     ),
+    "memorization": ("memorization", "recitation_distance", "given_label", "predicted_label"),
+    "complexity": ("complexity", "complexity_score", "is_complexity_issue", "predicted_label"),
 }
 # Short heads of columns, as the terminal is narrow.
 _HEADS = {
@@ -39,6 +41,9 @@ _HEADS = {
     "self_influence": "self-influence",
     "is_outlier_issue": "outlier",
     "ood_score": "score",
+    "complexity_score": "score",
+    "is_complexity_issue": "far out",
+    "memorization": "owed to itself",
 }
 _NAME, _EXCERPT, _PAGE_EXCERPT, _CELL = 60, 160, 600, 200
 _PAGE_TOP = 50

@@ -1,6 +1,7 @@
 """QuIP on whole models: from a fit, block by block, resumed, refused, and traced afterwards."""
 
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -280,6 +281,23 @@ def test_too_few_positions_are_warned_of():
         UserWarning, match=r"8 positions of data give the 64 inputs of 'blocks.0.down'"
     ):
         QuIP(bits=4, rounding="nearest").adapt(gpt(), texts(1), task=CausalLM())
+
+
+def test_a_fit_on_few_vectors_and_given_moments_of_lower_rank_are_warned_of():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+    data = TensorExamples(torch.randn(9, 8), torch.randint(3, (9,)))
+    fit = headwater.fit(model, data, Classification(), curvature="kfac")
+    with pytest.warns(UserWarning, match="9 positions of data give the 12 inputs of '2'"):
+        QuIP(bits=4).adapt(model, fit)
+    x = torch.randn(40, 12, dtype=DOUBLE)
+    whole = {"0": x[:, :8].mT @ x[:, :8], "2": x.mT @ x}
+    short = whole | {"2": x[:5].mT @ x[:5]}
+    with pytest.warns(UserWarning, match="second moment of what '2' reads is of lower rank"):
+        QuIP(bits=4).adapt(model, short)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert len(QuIP(bits=4).adapt(model, whole).rows) == 2
 
 
 def test_options_that_make_no_sense_are_refused():

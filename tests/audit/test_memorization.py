@@ -6,14 +6,21 @@ import pytest
 import torch
 from torch import nn
 
+import headwater
 from headwater.audit.memorization import (
     label_memory,
+    owed_to_itself,
     perplexity,
+    ranking_kept,
     recitation,
     recited_examples,
 )
+from headwater.audit.mislabel import SelfInfluence
+from headwater.audit.subject import Subject
+from headwater.core.curvature import Dense
 from headwater.core.examples import TensorExamples
 from headwater.core.task import CausalLM, Classification
+from headwater.numerics.ranks import spearman
 
 
 class Successor(nn.Module):
@@ -87,6 +94,25 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     assert perplexity(model, CausalLM(), (ids, ids)) == pytest.approx(7.0, rel=1e-5)
 
 
+def test_the_ranking_of_next_tokens_is_kept_by_the_model_itself_and_lost_by_a_change():
+    model, other = Successor(), Successor()
+    with torch.no_grad():  # tokens in the order 1, 2, …, 0 behind every one
+        for each in (model, other):
+            each.table.copy_(torch.linspace(1, 0, 10).roll(1).expand(10, 10))
+        other.table[3] = other.table[3].flip(0)
+    ids = torch.tensor([[1, 2, 4, 5], [1, 3, 3, 5]])
+    data = (ids, ids)
+    same = ranking_kept(model, model, CausalLM(), data)
+    assert same.value == same.low == same.high == 1
+    # behind 3 it ranks 8, 7, …, 0, 9 where the first had 1, 2, …, 9, 0: of worth 3, 4, …, 10, 1, 2
+    discounted = [1 / math.log2(r + 2) for r in range(10)]
+    worth = [3, 4, 5, 6, 7, 8, 9, 10, 1, 2]
+    best = sum(w * d for w, d in zip(range(10, 0, -1), discounted, strict=True))
+    lost = sum(w * d for w, d in zip(worth, discounted, strict=True)) / best
+    found = ranking_kept(other, model, CausalLM(), data)
+    assert found.n == 2 and found.value == pytest.approx((1 + (1 + lost + lost) / 3) / 2)
+
+
 # Labels
 
 
@@ -107,3 +133,76 @@ def test_wrong_labels_are_still_said_or_put_right():
 def test_one_passage_has_an_interval_too():
     found = recitation(Successor(), torch.tensor([[1, 2, 3, 4]]), prefix=2)
     assert found.strict.low == found.strict.high == 1.0 and math.isfinite(found.distance.value)
+
+
+RIDGE = 0.02
+
+
+def softmax_regression(x, y, weight):
+    """Weights (class, feature) of the least weighted mean loss with a ridge, by Newton's method."""
+    theta = torch.zeros(3 * x.shape[1], dtype=torch.float64)
+
+    def objective(t):
+        loss = nn.functional.cross_entropy(x @ t.view(3, -1).T, y, reduction="none")
+        return (weight * loss).sum() / len(x) + RIDGE / 2 * t.square().sum()
+
+    for _ in range(12):
+        g = torch.func.grad(objective)(theta)
+        theta = theta - torch.linalg.solve(torch.func.hessian(objective)(theta), g)
+    assert float(torch.func.grad(objective)(theta).abs().max()) < 1e-12
+    return theta.view(3, -1)
+
+
+def test_what_labels_owe_to_themselves_is_what_leaving_them_out_takes_away():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    y = x.argmax(1)
+    y[:4] = (y[:4] + 1) % 3  # wrong ones, learnt by heart as far as three inputs allow
+    whole = torch.ones(40, dtype=torch.float64)
+    model = nn.Linear(3, 3, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(softmax_regression(x, y, whole))
+    fit = headwater.fit(model, (x, y), Classification(), curvature=Dense(), weight_decay=RIDGE)
+    subject = Subject(fit)
+    p, loss = subject.final.probability, subject.final.loss
+    own = SelfInfluence(damping=RIDGE).measure(subject)
+
+    def lost(share):
+        """What leaving out that share of each example takes from its label's probability."""
+        after = []
+        for i in range(40):
+            weight = whole.clone()
+            weight[i] -= share
+            after.append((softmax_regression(x, y, weight) @ x[i]).softmax(0)[y[i]])
+        return p - torch.stack(after)
+
+    # a share of the self-influence is that of the whole to first order
+    torch.testing.assert_close(owed_to_itself(loss, 1e-4 * own), lost(1e-4), rtol=1e-3, atol=1e-12)
+    actual = lost(1.0)
+    plain, exact = (owed_to_itself(loss, own, exact=e) for e in (False, True))
+    for found in (plain, exact):
+        assert float(spearman(found[None], actual[None])) > 0.98
+    # without the example there is less curvature to hold it, which the leverage knows
+    assert bool((plain < actual).all()) and bool((plain > 0.6 * actual).all())
+    assert float((exact - actual).norm()) < 0.3 * float((plain - actual).norm())
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9, 0.999])
+def test_of_two_classes_the_leverage_is_the_share_of_the_curvature(p):
+    """One parameter beside a ridge: without the example nothing but the ridge holds it."""
+    ridge, odds = 0.05, math.log(p / (1 - p))
+    curvature, gradient = p * (1 - p), 1 - p
+    own = torch.tensor([gradient**2 / (curvature + ridge)], dtype=torch.float64)
+    assert p * float(own) / (1 - p) == pytest.approx(curvature / (curvature + ridge))
+    expected = p - 1 / (1 + math.exp(gradient / ridge - odds))  # a step of g / ρ
+    loss = torch.tensor([-math.log(p)], dtype=torch.float64)
+    assert float(owed_to_itself(loss, own, exact=True)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_what_changes_nothing_owes_nothing_and_no_label_owes_more_than_it_has():
+    p = torch.tensor([0.2, 0.9, 1.0 - 1e-9], dtype=torch.float64)
+    loss, zero = -p.log(), torch.zeros(3).double()
+    torch.testing.assert_close(owed_to_itself(loss, zero), zero, rtol=0, atol=1e-12)
+    torch.testing.assert_close(owed_to_itself(loss, zero - 1e-9), zero, rtol=0, atol=1e-12)
+    torch.testing.assert_close(owed_to_itself(loss, zero + 999), p)
+    assert owed_to_itself(zero, zero).tolist() == [0, 0, 0]  # certain, and nothing says why

@@ -9,6 +9,7 @@ import headwater
 from headwater.audit import (
     AUM,
     EL2N,
+    IFD,
     MEASURES,
     Confidence,
     Forgetting,
@@ -140,6 +141,81 @@ def test_the_perplexity_of_a_text_is_exp_of_its_loss_a_token():
         assert float(values[i]) == pytest.approx(math.exp(float(losses.detach().sum()) / scored))
 
 
+class Topic(torch.nn.Module):
+    """A language model that says the same at every position, as its first token has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Linear(5, 5).double()
+
+    def forward(self, input_ids, attention_mask=None):
+        first = torch.nn.functional.one_hot(input_ids[:, :1], 5).double()
+        return self.table(first).expand(-1, input_ids.shape[1], -1)
+
+
+class Prompted(headwater.core.examples.Examples):
+    """Texts whose first tokens are a prompt."""
+
+    def __init__(self, texts, prompts):
+        self.texts, self.prompts, self.metadata = texts, prompts, {}
+        self.ids = [str(i) for i in range(len(texts))]
+        self.lengths = [len(t) for t in texts]
+
+    def batch(self, indices):
+        size = max(self.lengths[i] for i in indices)
+        ids = torch.zeros(len(indices), size, dtype=torch.int64)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for row, i in enumerate(indices):
+            n, k = self.lengths[i], self.prompts[i]
+            ids[row, :n], mask[row, :n] = torch.tensor(self.texts[i]), 1
+            labels[row, k:n] = ids[row, k:n]
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def fingerprint(self):
+        return str((self.texts, self.prompts))
+
+
+TEXTS, PROMPTS = (
+    [[0, 1, 2, 3, 2], [4, 3, 3, 1], [2, 2, 0], [1, 4, 0, 0, 2], [3, 1, 4]],
+    [2, 1, 2, 3, 0],
+)
+
+
+def prompted(model):
+    torch.manual_seed(3)
+    model = model()
+    return headwater.fit(model, Prompted(TEXTS, PROMPTS), headwater.CausalLM(), curvature="kfac")
+
+
+def test_instruction_following_difficulty_is_that_of_a_toy_model_by_hand():
+    fit = prompted(Topic)
+    log_p = fit.model.table(torch.eye(5).double()).log_softmax(-1).detach()
+    found = IFD().measure(Subject(fit))
+    for i, (text, k) in enumerate(zip(TEXTS, PROMPTS, strict=True)):
+        rest = text[k + 1 :]  # of the answer all but its first token
+        behind, alone = (-sum(float(log_p[topic, t]) for t in rest) for topic in (text[0], text[k]))
+        assert float(found[i]) == pytest.approx(math.exp((behind - alone) / max(len(rest), 1)))
+    assert float(found[2]) == 1  # a single token
+    assert float(found[4]) == 1  # no prompt
+
+
+def test_a_model_that_knows_no_context_has_a_difficulty_of_one():
+    class Unigram(Topic):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(torch.zeros_like(input_ids))
+
+    found = IFD().measure(Subject(prompted(Unigram)))
+    torch.testing.assert_close(found, torch.ones(5).double(), rtol=1e-6, atol=0)
+
+
+def test_texts_without_prompts_have_no_such_difficulty():
+    assert Subject(prompted(Topic)).has_prompts
+    assert "prompts" in IFD().missing(Subject(case("lm").fit(EKFAC())))
+    assert "prompts" in IFD().missing(Subject(case("mlp").fit(EKFAC())))
+    found, _ = measure_all(Subject(prompted(Topic)))
+    assert found["ifd"].passes == Passes(forward=2)
+
+
 def test_the_column_of_self_influence_is_the_methods_own():
     fit = case("mlp").fit(EKFAC())
     found, _ = measure_all(Subject(fit))
@@ -178,7 +254,7 @@ def test_passes_are_counted_once_however_many_measures_read_them(subject):
     assert found["laftr"].passes == Passes(forward=1, backward=1)
     # the fitted model, three checkpoints, the representations, gates; self-influence, GraNd, IF-COMP and LAFTR
     assert subject.paid == Passes(forward=6, backward=7)
-    assert set(missed) == {"perplexity", "confident_learning"}
+    assert set(missed) == {"perplexity", "ifd", "confident_learning"}
     assert "out-of-fold" in missed["confident_learning"]
 
 

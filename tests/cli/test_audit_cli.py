@@ -68,6 +68,7 @@ def test_an_audit_is_printed_and_kept_as_page_tables_and_changes(run, capsys):
     assert main(["audit", str(run), *program(run), "--top", "4"]) == 0
     out = capsys.readouterr().out
     assert "labels are held to be wrong" in out and "beyond the fit" in out
+    assert "On 60 held-out labels the model is" in " ".join(out.split())
     place = run / "audits"
     found = Findings.load(place / "audit")
     assert found.facts["combined"] == ["self_influence", "aum", "neighbours"]
@@ -198,3 +199,32 @@ def test_verify_does_not_mix_traces_and_changes(run, capsys):
     assert "give its --name" in capsys.readouterr().err
     assert main(["verify", str(run), "--program", "x.py:f"]) == 2
     assert "go with --audit or --changes" in capsys.readouterr().err
+
+
+def test_a_language_models_run_is_audited_with_its_held_out_texts(tmp_path, capsys):
+    from tests.language_cases import WORDS, saved
+
+    def write(name, shift):
+        lines = [
+            {
+                "prompt": " ".join(WORDS[(i + k + shift) % len(WORDS)] for k in range(3)),
+                "completion": " " + " ".join(WORDS[(i * k + 2) % len(WORDS)] for k in range(4)),
+            }
+            for i in range(12)
+        ]
+        path = tmp_path / name
+        path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        return str(path)
+
+    saved(tmp_path / "model")
+    run = tmp_path / "run"
+    fit = ["fit", str(tmp_path / "model"), write("train.jsonl", 0), "--out", str(run)]
+    assert main([*fit, "--heldout", write("heldout.jsonl", 5), "--curvature", "ekfac"]) == 0
+    assert (
+        main(["audit", str(run), "--sections", "outliers", "memorization", "overconfidence"]) == 0
+    )
+    told = " ".join(capsys.readouterr().out.split())
+    assert "held-out tokens the model is" in told and "of 12 texts are held to be doubtful" in told
+    found = Findings.load(run / "audits" / "audit")
+    assert {"perplexity", "ifd", "self_influence", "recitation_distance"} <= set(found.columns)
+    assert "given_label" not in found.columns and bool((found.columns["ifd"] > 0).all())

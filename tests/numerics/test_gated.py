@@ -157,6 +157,11 @@ def test_the_root_of_a_covariance_gives_it_back(generator):
     torch.testing.assert_close(jittered @ jittered.mT, expected)
 
 
+def test_inputs_that_are_all_alike_have_a_root_of_zeros():
+    for covariance in (torch.zeros(3, 3), torch.zeros(3)):
+        assert torch.equal(covariance_root(covariance), covariance)
+
+
 def test_a_covariance_that_is_none_is_refused_with_advice():
     with pytest.raises(ValueError, match="Raise the jitter"):
         covariance_root(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))

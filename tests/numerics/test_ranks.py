@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from headwater.numerics.ranks import (
     average_ranks,
+    kept_ranking,
     lds,
     pearson,
     redrawn_spearman,
@@ -124,3 +125,26 @@ def test_scores_of_other_examples_are_refused():
     unchecked = inspect.unwrap(subset_predictions)  # without the shape checks of the tests
     with pytest.raises(ValueError, match="39 columns of scores and masks of 40 examples"):
         unchecked(scores[:, 1:], masks)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_kept_rankings_are_those_of_scikit_learn(k):
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(0)
+    scores, reference = torch.randn(2, 20, 15, generator=generator).double()
+    relevance = torch.zeros(20, 15).double()
+    order = reference.argsort(dim=1, descending=True)[:, :k]
+    relevance.scatter_(1, order, torch.arange(k, 0, -1).double().expand(20, -1))
+    expected = [
+        metrics.ndcg_score(r[None].numpy(), s[None].numpy(), k=k)
+        for r, s in zip(relevance, scores, strict=True)
+    ]
+    found = kept_ranking(scores, reference, k)
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    assert kept_ranking(reference.exp(), reference, k).tolist() == pytest.approx([1.0] * 20)
+
+
+def test_a_ranking_of_fewer_items_is_kept_whole_and_of_none_is_refused():
+    assert kept_ranking(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), 10).item() == 1
+    with pytest.raises(ValueError, match="k must be 1 or more; got 0"):
+        kept_ranking(torch.ones(3), torch.ones(3), 0)

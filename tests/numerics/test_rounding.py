@@ -14,6 +14,7 @@ from headwater.numerics.rounding import (
     dampen,
     greedy,
     greedy_alone,
+    lacks_rank,
     ldl,
     ldlq,
     ldlq_rg,
@@ -36,12 +37,12 @@ def weights(m: int, n: int, width: float, seed: int = 0) -> Tensor:
     return width * torch.rand(m, n, generator=generator, dtype=torch.float64)
 
 
-def optq(W: Tensor, H: Tensor) -> Tensor:
+def optq(W: Tensor, H: Tensor, top: int | None = None) -> Tensor:
     """OPTQ as its authors write it: what is left of the weights moves by the inverse's Cholesky rows."""
     upper = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
     left, codes = W.clone(), torch.empty_like(W)
     for i in range(W.shape[1]):
-        codes[:, i] = torch.floor(left[:, i] + 0.5)
+        codes[:, i] = torch.floor(left[:, i] + 0.5).clamp(0 if top else None, top or 1e9)
         error = (left[:, i] - codes[:, i]) / upper[i, i]
         left[:, i:] -= error[:, None] * upper[i, i:]
     return codes
@@ -83,9 +84,12 @@ def test_ldlq_follows_its_recursion():
     assert torch.equal(ldlq(W, U, top=3, block=4), naive)
 
 
-def test_ldlq_is_optq_element_by_element():
-    W, H = weights(256, 48, 30.0), moment(48)
-    assert torch.equal(ldlq(W, ldl(H)[0]), optq(W, H))
+@pytest.mark.parametrize("top", [None, 15])
+def test_ldlq_is_optq_element_by_element(top):
+    W, H = weights(256, 48, 30.0 if top is None else 15.0), moment(48)
+    found = ldlq(W, ldl(H)[0], top=top)
+    assert torch.equal(found, optq(W, H, top))
+    assert top is None or {0.0, 15.0} <= set(found.unique().tolist()) <= set(map(float, range(16)))
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
@@ -237,6 +241,17 @@ def test_dampening_takes_dead_inputs_out():
     damped_W, damped = dampen(W, H, 0.01)
     assert damped_W.tolist() == [[1.0, 0.0]]
     torch.testing.assert_close(damped, torch.diag(torch.tensor([4.025, 1.025])))
+
+
+@given(seed=st.integers(0, 200), rows=st.integers(1, 30))
+def test_fewer_vectors_than_inputs_lack_rank_and_more_do_not(seed, rows):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 8, generator=generator, dtype=torch.float64)
+    x[:, 3] = 0  # always zero, which is nothing to be warned of
+    x[:, 1] *= 1e5
+    assert lacks_rank(x.mT @ x / rows) == (rows < 7)
+    x[:, 5] = 2 * x[:, 1] - x[:, 0]
+    assert lacks_rank(x.mT @ x / rows)
 
 
 def test_matrices_that_are_no_second_moments_are_refused():

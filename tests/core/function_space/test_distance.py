@@ -332,6 +332,19 @@ def test_draws_repeat_themselves_by_number_and_seed():
     assert float(function_space_distance(net, train, TASK, seed=1)(theta)) not in values
 
 
+def test_a_class_of_one_example_is_drawn_as_that_example():
+    net, x = mlp(4, 6, 3), torch.randn(9, 4).double()
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2])
+    options = {"by": y.tolist(), "n_samples": 900}
+    distance = function_space_distance(net, (x, y), TASK, **options)
+    drawn = distance.drawn().x
+    alike = (drawn == x[8]).all(1)
+    assert int(alike.sum()) == 100 and float(distance(moved(net))) > 0
+    one = function_space_distance(net, (x[8:], y[8:]), TASK, method="linearized", rho="kl")
+    theta = {"2.weight": net[2].weight.detach() + torch.randn(3, 6)}
+    torch.testing.assert_close(one(theta), true_distance(net, theta, x[8:], "kl"))
+
+
 def test_gates_that_flip_are_counted_and_warned_of():
     net, train = mlp(4, 6, 3), data(4)
     distance = function_space_distance(net, train, TASK)
