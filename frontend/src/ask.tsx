@@ -180,7 +180,7 @@ function Tracing(props: { id: string }) {
         <>
           <h2 class="eyebrow">
             <span>{trace ? "What was found" : "Found so far"}</span>
-            {trace && <a href={address(["evidence", trace.name])}>its own page</a>}
+            {trace && <a href={address(["evidence", trace.id])}>its own page</a>}
           </h2>
           <Guide />
           {answers.map((answer) => <AnswerView key={answer.query_id} answer={answer} columns={trace?.columns ?? {}} partial={!trace} />)}
@@ -191,7 +191,7 @@ function Tracing(props: { id: string }) {
 }
 
 function History(props: { run: RunOverview }) {
-  const asked = props.run.traces.flatMap((trace) => trace.asked.map((a, i) => ({ ...a, name: trace.name, at: i + 1 }))).reverse();
+  const asked = props.run.traces.flatMap((trace) => trace.asked.map((a, i) => ({ ...a, id: trace.id, name: trace.name, at: i + 1 }))).reverse();
   const running = Object.values(jobs.value).map((f) => f.job).filter((job): job is Job => (job.kind === "trace" || job.kind === "timeline") && job.state !== "done");
   if (!asked.length && !running.length) return null;
   return (
@@ -203,8 +203,8 @@ function History(props: { run: RunOverview }) {
             <li key={job.id}><a href={address(["ask"], { job: job.id })}><span class="n">{job.state}</span><span class="q" dir="auto">{job.title}</span></a></li>
           ))}
           {asked.map((a) => (
-            <li key={`${a.name}-${a.at}`}>
-              <a href={address(["evidence", a.name], { a: a.at })}><span class="q" dir="auto">{a.prompt}<b>{a.completion}</b></span><span class="n">{a.name}</span></a>
+            <li key={`${a.id}-${a.at}`}>
+              <a href={address(["evidence", a.id], { a: a.at })}><span class="q" dir="auto">{a.prompt}<b>{a.completion}</b></span><span class="n">{a.name}</span></a>
             </li>
           ))}
         </ol>

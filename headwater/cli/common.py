@@ -314,15 +314,20 @@ def require_trained_on(session: Session, tuning: dict[str, Any], data: str) -> N
 
 
 def trace_name(run: Path, name: str | None) -> str | None:
-    """The trace of that name in a run folder, or the only one there is; None where there is none."""
+    """The trace of that name or id in a run folder, or the only one there is; None where there is none."""
+    from headwater.report.views.folders import id_of
+
     if not (run / RUN).is_file():
         raise FileNotFoundError(f"{run} is no run folder (it has no {RUN}).")
     found = (run / "traces").glob("*")
     names = sorted(p.name for p in found if p.is_dir() and not p.name.startswith("."))
+    ids = {id_of(name): name for name in names}
     if name is None and len(names) > 1:
-        raise ValueError(f"{run} holds several traces: {', '.join(names)}. Choose one with --name.")
+        raise ValueError(f"{run} holds several traces: {', '.join(ids)}. Choose one with --name.")
     if name is not None and name not in names:
-        there = ", ".join(names) or "none"
+        if name in ids:
+            return ids[name]
+        there = ", ".join(ids) or "none"
         raise ValueError(f"There is no trace {name!r} in {run}; there are: {there}.")
     return name or next(iter(names), None)
 

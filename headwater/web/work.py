@@ -141,9 +141,12 @@ class Work:
         """Repeat the fine-tuning with changes of the data."""
         from headwater.cli.verify import Verify, verify
         from headwater.cli.verify_audit import verify_changes
+        from headwater.report.views.run import trace_folders, verification_id
 
         changes = None if ask.changes is None else ask.changes.to_set()
-        command = Verify(run=self.run, name=ask.trace, top=ask.top or 10, seeds=ask.seeds)
+        traced = trace_folders(self.run).get(ask.trace or "")
+        name = ask.trace if traced is None else traced.name
+        command = Verify(run=self.run, name=name, top=ask.top or 10, seeds=ask.seeds)
         command.check()
         shared: dict[str, Any] = {
             "quiet": True,
@@ -154,7 +157,7 @@ class Work:
             _, place = verify_changes(command, changes, **shared)
         else:
             _, place = verify(command, changes, **shared)
-        return {"verification": f"{place.parent.name}-{place.stem}"}
+        return {"verification": verification_id(place)}
 
     def timeline(self, ask: asks.Timeline, report: "Report") -> dict[str, Any]:
         """Follow a completion through the fine-tuning."""

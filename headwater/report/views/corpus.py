@@ -22,6 +22,7 @@ from headwater.core.scores import from_column
 from headwater.core.store import Artifact
 from headwater.report import text
 from headwater.report.views.answer import CELL, NAME, Named, harmless, minus
+from headwater.report.views.folders import folders, inside
 
 FOLDER = "corpus"
 SORTS = ("number", "length", "loss", "self_influence")
@@ -479,14 +480,12 @@ def _listed(
 
 def _evidence(run: Path) -> list[Evidence]:
     """The saved traces; one that cannot be read is left out."""
-    folder, found = run / "traces", []
-    own = folder.is_dir() and not folder.is_symlink()
-    for place in sorted(folder.iterdir()) if own else []:
-        if place.is_dir() and not place.is_symlink() and not place.name.startswith("."):
-            try:
-                found.append(_loaded(str(place), stamp(place)))
-            except ArtifactError:
-                continue
+    found = []
+    for place in folders(run / "traces").values():
+        try:
+            found.append(_loaded(str(inside(run, place)), stamp(place)))
+        except ArtifactError:
+            continue
     return found
 
 
