@@ -22,6 +22,8 @@ from headwater.cli.flags import (
     restore,
 )
 
+RECORD_SECONDS = 60.0  # to wait for another process that writes down what it did
+
 if TYPE_CHECKING:
     from headwater.core.capture import Progress
     from headwater.data.tokens import TextExamples
@@ -357,6 +359,21 @@ def run_session(run: Path) -> Opened:
     )
     heldout = None if command["heldout"] is None else Path(command["heldout"])
     return open_session(inputs, heldout=heldout), record
+
+
+def update_record(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change the record of a run folder; who else wants to, such as its page, waits the moment that takes.
+
+    Args:
+        run: The run folder.
+        change: The new record, from the one that is there; it is empty where there is none.
+    """
+    from headwater.core.files import read_json, sibling, write_json
+    from headwater.core.locks import waiting
+
+    place = run / RUN
+    with waiting(sibling(place, "lock"), place, RECORD_SECONDS):
+        write_json(place, change(read_json(place) if place.is_file() else {}))
 
 
 def save_plot(path: Path, plot: Callable[[], Any]) -> None:

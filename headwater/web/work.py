@@ -1,41 +1,19 @@
 """What each kind of job does: it calls what the command line calls, with a model that stays open between jobs."""
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwater.cli.common import Opened, run_session
 from headwater.cli.flags import RUN
-from headwater.core.files import FolderBusy, read_json
+from headwater.core.files import read_json
 from headwater.core.fingerprint import fingerprint_json
-from headwater.core.locks import LockFile
 from headwater.web import asks
 from headwater.web.jobs import ASKS
 
 if TYPE_CHECKING:
     from headwater.core.evidence import Evidence
     from headwater.web.worker import Report
-
-
-@contextlib.contextmanager
-def alone(run: Path, seconds: float) -> Iterator[None]:
-    """Wait until no other worker computes for a run folder, and keep others out."""
-    folder = run / "jobs"
-    lock, until = LockFile(folder / ".worker.lock"), time.monotonic() + seconds
-    while True:
-        try:
-            lock.acquire(folder)
-            break
-        except FolderBusy:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.1)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Work:
