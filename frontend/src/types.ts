@@ -26,6 +26,8 @@ export type Card = {
   metadata: Pair[];
   raw_metadata: Record<string, string>;
   copies: number;
+  copy_ids: string[];
+  copy_numbers: (number | null)[];
   query_heat: Piece[];
 };
 
