@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from headwater.core.files import ArtifactDamaged, ArtifactError
+from headwater.core.files import ArtifactDamaged, ArtifactError, OutOfDisk
 from headwater.report.text import visible
 from headwater.report.views.folders import LeadsOut
 from headwater.web import drafts
@@ -209,6 +209,7 @@ def _errors(app: FastAPI) -> None:
     statuses: list[tuple[type[Exception], int]] = [
         (FileNotFoundError, 404),
         (LeadsOut, 403),
+        (OutOfDisk, 507),
         (ArtifactDamaged, 409),
         (ArtifactError, 409),
         (Ended, 409),
