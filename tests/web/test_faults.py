@@ -1,4 +1,4 @@
-"""A full disk under the server: jobs fail in a sentence that names disk and file, nothing is damaged, and it goes on."""
+"""A full disk under the server: jobs fail in a sentence that names disk and file, and the server goes on."""
 
 import json
 import re
