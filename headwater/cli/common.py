@@ -373,7 +373,10 @@ def update_record(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]])
 
     place = run / RUN
     with waiting(sibling(place, "lock"), place, RECORD_SECONDS):
-        write_json(place, change(read_json(place) if place.is_file() else {}))
+        record = read_json(place) if place.is_file() else {}
+        changed = change(record)
+        if changed != record:
+            write_json(place, changed)
 
 
 def save_plot(path: Path, plot: Callable[[], Any]) -> None:

@@ -11,6 +11,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
 from headwater.core.evidence import Evidence
+from headwater.core.files import read_json, write_json
 from headwater.web.jobs import Jobs
 from tests.web_cases import ENDED, completing, over_http, run_folder, tuned_run, until
 
@@ -87,13 +88,19 @@ def test_a_result_that_finds_no_room_fails_its_job_and_is_made_when_there_is_som
             for each in (await client.get("/api/run")).json()["traces"]:
                 opened.append((await client.get(f"/api/traces/{each['id']}")).status_code)
             filler.unlink()
-        return failed, opened, await ask()
+        done = await ask()
+        record = read_json(run / "run.json")
+        noted = record["traces"].pop(done.result["trace"])
+        write_json(run / "run.json", record)  # as if that had found no room
+        return failed, opened, done, noted, await ask()
 
-    failed, opened, done = over_http(run, steps, command="the real one", seconds=600)
+    failed, opened, done, noted, again = over_http(run, steps, command="the real one", seconds=600)
     assert [job.state for job in failed] == ["failed"] * 2 and done.state == "done"
     assert all(names_disk_and_file(job.error, small_disk) and not job.deaths for job in failed)
     assert set(opened) == {200}  # whatever is listed is whole
     assert Evidence.load(run / "traces" / "trace").answers == before
     assert Evidence.load(run / "traces" / done.result["trace"]).answers[0].raised
-    assert [job["state"] for job in whole(run)] == ["failed"] * 2 + ["done"]
+    assert again.result == done.result
+    assert read_json(run / "run.json")["traces"][done.result["trace"]] == noted
+    assert [job["state"] for job in whole(run)] == ["failed"] * 2 + ["done"] * 2
     assert not [p for p in run.rglob(".*") if not p.name.endswith(".lock")]
