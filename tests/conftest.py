@@ -1,6 +1,7 @@
 """Settings that all tests share. Nothing of headwater is imported here: jaxtyping comes first."""
 
 import os
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing file fails at once
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -20,3 +21,15 @@ settings.load_profile("headwater")
 def seeded():
     """Start every test from the same state of torch's global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 24 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
+    if subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)

@@ -65,6 +65,17 @@ def hostile_run(folder: str | Path, n: int = 200) -> Path:
     return run
 
 
+def linked_run(folder: Path) -> Path:
+    """A plain run in which a file of a trace, and the data of a timeline, are links that lead out of it."""
+    run, outside = plain_run(folder / "run", n=16), folder / "outside"
+    outside.mkdir()
+    (outside / "notes.txt").write_text("of another folder", encoding="utf-8")
+    (run / "traces" / "lava" / "notes.txt").symlink_to(outside / "notes.txt")
+    data = run / "timelines" / "timeline" / "data"
+    data.symlink_to(data.rename(outside / "data"), target_is_directory=True)
+    return run
+
+
 def survey(n: int = 48) -> Survey:
     """The sample passages, then copies of them under other names, of which the first four are equal to the passage."""
     draw = random.Random(0)

@@ -40,7 +40,7 @@ function Form(props: { run: RunOverview }) {
   const [rather, setRather] = useState("");
   const [source, setSource] = useState(props.run.columns.find((c) => !NAMING.test(c)) ?? "");
   const [depth, setDepth] = useState<"quick" | "thorough">(props.run.has.index ? "quick" : "thorough");
-  const [top, setTop] = useState<"8" | "16" | "32">("8");
+  const [top, setTop] = useState("8");
   const [compare, setCompare] = useState(true);
   const [chat, setChat] = useState(false);
   const [completing, setCompleting] = useState<string | null>(null);
@@ -51,20 +51,26 @@ function Form(props: { run: RunOverview }) {
   const pick = useCallback((next: Chosen) => choose(next), []);
   const span = spanOf(completion, chosen);
 
+  const asked = jobs.value[route.value.query.job ?? ""]?.job.asked;
   useEffect(() => {
     const id = route.value.query.job;
     if (!id) return;
     setTracing(id);
-    const asked = jobs.value[id]?.job.asked;
-    if (asked) {
-      const said = String(asked.completion ?? "");
-      setPrompt(String(asked.prompt ?? ""));
-      setCompletion(said);
-      choose(Array.isArray(asked.span) ? chosenIn(said, inUnits(said, asked.span as [number, number])) : null);
-      setRather(typeof asked.rather_than === "string" ? asked.rather_than : "");
-      setChat(asked.chat === true);
-    }
-  }, [route.value.query.job]);
+    if (asked) restore(asked);
+  }, [route.value.query.job, asked !== undefined]);
+  const restore = (asked: Job["asked"]) => {
+    const said = written(asked.completion);
+    setPrompt(written(asked.prompt));
+    setCompletion(said);
+    choose(Array.isArray(asked.span) ? chosenIn(said, inUnits(said, asked.span as [number, number])) : null);
+    setChat(asked.chat === true);
+    setRather(written(asked.rather_than));
+    if (asked.kind !== "trace") return; // a timeline has no more options
+    setSource(written(asked.source));
+    setTop(String(asked.top));
+    setDepth(asked.thorough === true || !props.run.has.index ? "thorough" : "quick");
+    setCompare(asked.compare === true);
+  };
 
   const complete = () => attempt(async () => {
     setCompletion("");
@@ -134,9 +140,9 @@ function Form(props: { run: RunOverview }) {
               <input name="rather" dir="auto" value={rather} placeholder="optional: why this and not …" onInput={(event) => setRather(event.currentTarget.value)} />
             </label>
             {props.run.columns.length > 0
-              ? <Choice label="Totals by" value={source} onChange={setSource} options={[...props.run.columns.map((c) => [c, c] as const), ["", "nothing"]]} />
+              ? <Choice label="Totals by" value={source} onChange={setSource} options={[...including(props.run.columns, source).map((c) => [c, c] as const), ["", "nothing"]]} />
               : <label class="field"><span>Totals by</span><input name="source" value={source} placeholder="a column, if any" onInput={(event) => setSource(event.currentTarget.value)} /></label>}
-            <Choice label="Examples a side" value={top} onChange={setTop} options={[["8", "8"], ["16", "16"], ["32", "32"]]} />
+            <Choice label="Examples a side" value={top} onChange={setTop} options={including(["8", "16", "32"], top).map((n) => [n, n] as const)} />
             <fieldset class="depth">
               <legend>Look at</legend>
               <label class="check"><input type="radio" name="depth" checked={depth === "quick"} disabled={!props.run.has.index} onChange={() => setDepth("quick")} /><span>the index first{!props.run.has.index && <small class="soft"> (this run has none)</small>}</span></label>
@@ -153,6 +159,15 @@ function Form(props: { run: RunOverview }) {
       {tracing && <Tracing key={tracing} id={tracing} />}
     </>
   );
+}
+
+/** The choices there are, and one that was made elsewhere. */
+function including(choices: string[], chosen: string): string[] {
+  return !chosen || choices.includes(chosen) ? choices : [...choices, chosen];
+}
+
+function written(value: unknown): string {
+  return typeof value === "string" ? value : "";
 }
 
 /** A trace while it runs, and what it has found so far; then what it found. */
@@ -180,7 +195,7 @@ function Tracing(props: { id: string }) {
         <>
           <h2 class="eyebrow">
             <span>{trace ? "What was found" : "Found so far"}</span>
-            {trace && <a href={address(["evidence", trace.name])}>its own page</a>}
+            {trace && <a href={address(["evidence", trace.id])}>its own page</a>}
           </h2>
           <Guide />
           {answers.map((answer) => <AnswerView key={answer.query_id} answer={answer} columns={trace?.columns ?? {}} partial={!trace} />)}
@@ -191,7 +206,7 @@ function Tracing(props: { id: string }) {
 }
 
 function History(props: { run: RunOverview }) {
-  const asked = props.run.traces.flatMap((trace) => trace.asked.map((a, i) => ({ ...a, name: trace.name, at: i + 1 }))).reverse();
+  const asked = props.run.traces.flatMap((trace) => trace.asked.map((a, i) => ({ ...a, id: trace.id, name: trace.name, at: i + 1 }))).reverse();
   const running = Object.values(jobs.value).map((f) => f.job).filter((job): job is Job => (job.kind === "trace" || job.kind === "timeline") && job.state !== "done");
   if (!asked.length && !running.length) return null;
   return (
@@ -203,8 +218,8 @@ function History(props: { run: RunOverview }) {
             <li key={job.id}><a href={address(["ask"], { job: job.id })}><span class="n">{job.state}</span><span class="q" dir="auto">{job.title}</span></a></li>
           ))}
           {asked.map((a) => (
-            <li key={`${a.name}-${a.at}`}>
-              <a href={address(["evidence", a.name], { a: a.at })}><span class="q" dir="auto">{a.prompt}<b>{a.completion}</b></span><span class="n">{a.name}</span></a>
+            <li key={`${a.id}-${a.at}`}>
+              <a href={address(["evidence", a.id], { a: a.at })}><span class="q" dir="auto">{a.prompt}<b>{a.completion}</b></span><span class="n">{a.name}</span></a>
             </li>
           ))}
         </ol>

@@ -2,7 +2,7 @@ import { useState } from "preact/hooks";
 import { Bar, Pairs, Pieces } from "./ui";
 import { Marks } from "./marks";
 import { marks, opened } from "./store";
-import { count } from "./text";
+import { count, visible } from "./text";
 import type { Card, Span } from "./types";
 
 /** One training example and what it did. */
@@ -10,6 +10,8 @@ export function CardView(props: { card: Card; rank: number; band: Span | null; h
   const { card } = props;
   const open = () => (opened.value = { id: card.id, number: card.number, title: card.title, card });
   const [more, show] = useState(false);
+  const [unfolded, unfold] = useState(false);
+  const copies = card.copy_ids.flatMap((id, i) => (id === card.id ? [] : [{ id, number: card.copy_numbers[i] ?? null, title: visible(id) }]));
   const marked = marks.value.get(card.id);
   return (
     <li class={`card${marked ? ` marked-${marked.action}` : ""}`} tabIndex={-1} data-card={card.id}>
@@ -20,7 +22,9 @@ export function CardView(props: { card: Card; rank: number; band: Span | null; h
         <div class="meta num">
           <span class="chips">
             {card.source && <span class="chip" dir="auto">{card.source}</span>}
-            {card.copies > 1 && <span class="chip plain" title="Nearly the same text; shown once">+ {count(card.copies - 1, "near-duplicate")}</span>}
+            {copies.length > 0 && (
+              <button type="button" class="chip plain unfold" title="Nearly the same text; shown once" aria-expanded={unfolded} onClick={() => unfold(!unfolded)}>+ {count(copies.length, "near-duplicate")}</button>
+            )}
           </span>
           <span>
             {card.interval}{card.p !== "–" && ` · p ${card.p}`}
@@ -31,6 +35,16 @@ export function CardView(props: { card: Card; rank: number; band: Span | null; h
       <Bar at={card.at} span={card.span} band={props.band} />
       {card.excerpt.length > 0 && (
         <p class="passage" dir="auto">{card.before && "… "}<Pieces of={card.excerpt} />{card.after && " …"}</p>
+      )}
+      {unfolded && (
+        <ul class="copies" aria-label={`Near-duplicates of ${card.title}`}>
+          {copies.map((copy) => (
+            <li key={copy.id} data-example={copy.id}>
+              <button type="button" class="link" dir="auto" aria-haspopup="dialog" onClick={() => (opened.value = copy)}>{copy.title}</button>
+              <Marks of={copy} />
+            </li>
+          ))}
+        </ul>
       )}
       <div class="acts">
         <button type="button" class="quiet open" onClick={open} aria-haspopup="dialog">Open<span class="sr"> {card.title}</span></button>

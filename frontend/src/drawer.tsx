@@ -45,7 +45,7 @@ export function Drawer() {
             <button type="button" class="primary" onClick={() => void attempt(download)}>Export</button>
             {provider.live && run.value?.has.finetuned && (
               <button type="button" disabled={effective === 0} onClick={() => void attempt(async () => {
-                await start({ kind: "verify", trace: lastTrace ?? run.value?.traces.at(-1)?.name ?? null, changes: changes.value, seeds: 1 });
+                await start({ kind: "verify", trace: lastTrace ?? run.value?.traces.at(-1)?.id ?? null, changes: changes.value, seeds: 1 });
                 go(["verify"]);
               })}>Verify</button>
             )}

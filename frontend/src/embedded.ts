@@ -13,11 +13,11 @@ export class EmbeddedProvider implements Provider {
   constructor(private readonly data: Embedded, private readonly storage: Storage | null) {}
 
   run = async () => this.data.run;
-  trace = async (name: string) => known(this.data.traces[name], `trace ${name}`);
+  trace = async (id: string) => known(this.data.traces[id], `trace ${id}`);
   summary = async () => this.data.corpus.summary;
   example = async (number: number) => known(this.data.examples[String(number)], `text of example ${number}`);
   verification = async (id: string) => known(this.data.verifications[id], `verification ${id}`);
-  timeline = async (name: string) => known(this.data.timelines[name], `timeline ${name}`);
+  timeline = async (id: string) => known(this.data.timelines[id], `timeline ${id}`);
 
   async corpus(query: CorpusQuery): Promise<Corpus> {
     const key = JSON.stringify([query.sort, query.descending, query.source, query.search]);

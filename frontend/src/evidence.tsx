@@ -7,9 +7,8 @@ import { Await, Bar, Choice, Command, Empty, Facts, Title, useLoad } from "./ui"
 
 export function EvidencePage(props: { run: RunOverview }) {
   const { path, query } = route.value;
-  const names = props.run.traces.map((trace) => trace.name);
-  const name = path[1] ?? names.at(-1);
-  if (!name) {
+  const id = path[1] ?? props.run.traces.at(-1)?.id;
+  if (!id) {
     return (
       <>
         <Title>Evidence</Title>
@@ -19,24 +18,24 @@ export function EvidencePage(props: { run: RunOverview }) {
       </>
     );
   }
-  return <OneTrace key={name} name={name} names={names} at={Math.max(Number(query.a ?? 1) || 1, 1)} />;
+  return <OneTrace key={id} id={id} all={props.run.traces} at={Math.max(Number(query.a ?? 1) || 1, 1)} />;
 }
 
-function OneTrace(props: { name: string; names: string[]; at: number }) {
-  const loaded = useLoad(() => readTrace(props.name), [props.name]);
+function OneTrace(props: { id: string; all: RunOverview["traces"]; at: number }) {
+  const loaded = useLoad(() => readTrace(props.id), [props.id]);
   return (
     <>
       {loaded.state !== "ready" && <Title>Where the answer came from</Title>}
-      <Await of={loaded} lines={9}>{(trace) => <Shown trace={trace} names={props.names} at={Math.min(props.at, trace.answers.length)} />}</Await>
+      <Await of={loaded} lines={9}>{(trace) => <Shown trace={trace} all={props.all} at={Math.min(props.at, trace.answers.length)} />}</Await>
     </>
   );
 }
 
-function Shown(props: { trace: Trace; names: string[]; at: number }) {
-  const { trace, names, at } = props;
+function Shown(props: { trace: Trace; all: RunOverview["traces"]; at: number }) {
+  const { trace, all, at } = props;
   const answer = trace.answers[at - 1];
   const several = trace.answers.length > 1;
-  useEffect(() => void (lastTrace = trace.name), [trace.name]);
+  useEffect(() => void (lastTrace = trace.id), [trace.id]);
   return (
     <>
       <Title>{several ? "Where these answers came from" : "Where this answer came from"}</Title>
@@ -44,10 +43,10 @@ function Shown(props: { trace: Trace; names: string[]; at: number }) {
         <dl class="headlines">{trace.headlines.map(([label, value]) => <div key={label}><dt>{label}</dt><dd>{value}</dd></div>)}</dl>
       )}
       <div class="toolbar">
-        {names.length > 1 && <Choice label="Trace" value={trace.name} onChange={(name) => go(["evidence", name])} options={names.map((n) => [n, n] as const)} />}
+        {all.length > 1 && <Choice label="Trace" value={trace.id} onChange={(id) => go(["evidence", id])} options={all.map((t) => [t.id, t.name] as const)} />}
         {provider.live && run.value?.has.finetuned && trace.answers.length > 0 && (
           <button type="button" class="quiet" onClick={() => void attempt(async () => {
-            await start({ kind: "verify", trace: trace.name, top: 10 });
+            await start({ kind: "verify", trace: trace.id, top: 10 });
             go(["verify"]);
           })}>Verify: train again without the top 10</button>
         )}
@@ -58,7 +57,7 @@ function Shown(props: { trace: Trace; names: string[]; at: number }) {
           <ol>
             {trace.answers.map((a, i) => (
               <li key={a.query_id}>
-                <a href={address(["evidence", trace.name], { a: i + 1 })} aria-current={i + 1 === at ? "true" : undefined}>
+                <a href={address(["evidence", trace.id], { a: i + 1 })} aria-current={i + 1 === at ? "true" : undefined}>
                   <span class="n num">{i + 1}</span><span class="q" dir="auto">{a.label}<b>{a.brief}</b></span>
                 </a>
               </li>
@@ -78,7 +77,7 @@ function Shown(props: { trace: Trace; names: string[]; at: number }) {
   );
 }
 
-/** The trace that was looked at last: what a verification asks again. */
+/** The id of the trace that was looked at last: what a verification asks again. */
 export let lastTrace: string | null = null;
 
 export function Guide() {

@@ -17,11 +17,11 @@ export class LiveProvider implements Provider {
   ) {}
 
   run = () => this.json<RunOverview>("/api/run");
-  trace = (name: string) => this.json<Trace>(`/api/traces/${encodeURIComponent(name)}`);
+  trace = (id: string) => this.json<Trace>(`/api/traces/${encodeURIComponent(id)}`);
   summary = () => this.json<CorpusSummary>("/api/corpus/summary");
   example = (number: number) => this.json<Example>(`/api/examples/${number}`);
   verification = (id: string) => this.json<Verification>(`/api/verifications/${encodeURIComponent(id)}`);
-  timeline = (name: string) => this.json<Timeline>(`/api/timelines/${encodeURIComponent(name)}`);
+  timeline = (id: string) => this.json<Timeline>(`/api/timelines/${encodeURIComponent(id)}`);
   changes = () => this.json<ChangeSet>("/api/changes");
   jobs = async () => {
     const found = await this.json<Job[] | { jobs: Job[] }>("/api/jobs");

@@ -10,12 +10,12 @@ export interface Provider {
   /** Whether there is a server that computes. */
   readonly live: boolean;
   run(): Promise<RunOverview>;
-  trace(name: string): Promise<Trace>;
+  trace(id: string): Promise<Trace>;
   corpus(query: CorpusQuery, signal?: AbortSignal): Promise<Corpus>;
   summary(): Promise<CorpusSummary>;
   example(number: number): Promise<Example>;
   verification(id: string): Promise<Verification>;
-  timeline(name: string): Promise<Timeline>;
+  timeline(id: string): Promise<Timeline>;
   changes(): Promise<ChangeSet>;
   save(changes: ChangeSet): Promise<void>;
   /** The change set as the file that the training loop reads. */

@@ -42,13 +42,13 @@ export function RunPage(props: { run: RunOverview }) {
       <section>
         <h2 class="h3">Traces</h2>
         {run.traces.length ? (
-          <ul class="plain-list">{run.traces.map((t) => <li key={t.name}><a href={address(["evidence", t.name])}>{t.name}</a><span class="soft">{count(t.asked.length, "question")}</span></li>)}</ul>
+          <ul class="plain-list">{run.traces.map((t) => <li key={t.id}><a href={address(["evidence", t.id])}>{t.name}</a><span class="soft">{count(t.asked.length, "question")}</span></li>)}</ul>
         ) : <Empty title="No trace yet."><Command line="headwater trace RUN --prompt “…”" /></Empty>}
       </section>
       <section>
         <h2 class="h3">Timelines</h2>
         {run.timelines.length ? (
-          <ul class="plain-list">{run.timelines.map((t) => <li key={t.name}><a href={address(["timeline", t.name])}>{t.name}</a></li>)}</ul>
+          <ul class="plain-list">{run.timelines.map((t) => <li key={t.id}><a href={address(["timeline", t.id])}>{t.name}</a></li>)}</ul>
         ) : <p class="soft">{run.has.trajectory ? "None yet: headwater timeline tells when something was learnt." : "When something was learnt can be told for runs whose training was recorded."}</p>}
       </section>
       <Facts of={run.facts} title="How it was fitted" />
@@ -77,8 +77,8 @@ function Covered(props: { of: Coverage }) {
 }
 
 export function TimelinePage(props: { run: RunOverview }) {
-  const name = route.value.path[1] ?? props.run.timelines.at(-1)?.name;
-  const loaded = useLoad<Timeline | null>(async () => (name ? provider.timeline(name) : null), [name]);
+  const id = route.value.path[1] ?? props.run.timelines.at(-1)?.id;
+  const loaded = useLoad<Timeline | null>(async () => (id ? provider.timeline(id) : null), [id]);
   return (
     <>
       <Title>When it was learnt</Title>

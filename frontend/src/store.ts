@@ -62,10 +62,10 @@ export async function readRun(): Promise<RunOverview> {
   return (run.value = await provider.run());
 }
 
-export function readTrace(name: string): Promise<Trace> {
-  const reading = traces.get(name) ?? provider.trace(name);
-  traces.set(name, reading);
-  reading.catch(() => traces.delete(name));
+export function readTrace(id: string): Promise<Trace> {
+  const reading = traces.get(id) ?? provider.trace(id);
+  traces.set(id, reading);
+  reading.catch(() => traces.delete(id));
   return reading;
 }
 

@@ -26,6 +26,8 @@ export type Card = {
   metadata: Pair[];
   raw_metadata: Record<string, string>;
   copies: number;
+  copy_ids: string[];
+  copy_numbers: (number | null)[];
   query_heat: Piece[];
 };
 
@@ -82,6 +84,7 @@ export type Answer = {
 };
 
 export type Trace = {
+  id: string;
   name: string;
   answers: Answer[];
   headlines: Pair[];
@@ -109,9 +112,9 @@ export type RunOverview = {
   costs: Cost[];
   spectrum: Spectrum[];
   coverage: Coverage | null;
-  traces: { name: string; asked: { prompt: string; completion: string }[] }[];
+  traces: { id: string; name: string; asked: { prompt: string; completion: string }[] }[];
   verifications: { id: string; title: string }[];
-  timelines: { name: string }[];
+  timelines: { id: string; name: string }[];
 };
 
 export type CorpusRow = {
@@ -179,7 +182,7 @@ export type Segment = {
   strongest: Pair[];
   totals: Pair[];
 };
-export type Timeline = { name: string; measurement: string; queries: { text: string; segments: Segment[] }[]; told: string };
+export type Timeline = { id: string; name: string; measurement: string; queries: { text: string; segments: Segment[] }[]; told: string };
 
 export type JobKind = "complete" | "trace" | "survey" | "verify" | "timeline";
 export type JobState = "queued" | "running" | "done" | "failed" | "cancelled";

@@ -22,6 +22,8 @@ from headwater.cli.flags import (
     restore,
 )
 
+RECORD_SECONDS = 60.0  # to wait for another process that writes down what it did
+
 if TYPE_CHECKING:
     from headwater.core.capture import Progress
     from headwater.data.tokens import TextExamples
@@ -314,15 +316,20 @@ def require_trained_on(session: Session, tuning: dict[str, Any], data: str) -> N
 
 
 def trace_name(run: Path, name: str | None) -> str | None:
-    """The trace of that name in a run folder, or the only one there is; None where there is none."""
+    """The trace of that name or id in a run folder, or the only one there is; None where there is none."""
+    from headwater.report.views.folders import id_of
+
     if not (run / RUN).is_file():
         raise FileNotFoundError(f"{run} is no run folder (it has no {RUN}).")
     found = (run / "traces").glob("*")
     names = sorted(p.name for p in found if p.is_dir() and not p.name.startswith("."))
+    ids = {id_of(name): name for name in names}
     if name is None and len(names) > 1:
-        raise ValueError(f"{run} holds several traces: {', '.join(names)}. Choose one with --name.")
+        raise ValueError(f"{run} holds several traces: {', '.join(ids)}. Choose one with --name.")
     if name is not None and name not in names:
-        there = ", ".join(names) or "none"
+        if name in ids:
+            return ids[name]
+        there = ", ".join(ids) or "none"
         raise ValueError(f"There is no trace {name!r} in {run}; there are: {there}.")
     return name or next(iter(names), None)
 
@@ -352,6 +359,24 @@ def run_session(run: Path) -> Opened:
     )
     heldout = None if command["heldout"] is None else Path(command["heldout"])
     return open_session(inputs, heldout=heldout), record
+
+
+def update_record(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change the record of a run folder; who else wants to, such as its page, waits the moment that takes.
+
+    Args:
+        run: The run folder.
+        change: The new record, from the one that is there; it is empty where there is none.
+    """
+    from headwater.core.files import read_json, sibling, write_json
+    from headwater.core.locks import waiting
+
+    place = run / RUN
+    with waiting(sibling(place, "lock"), place, RECORD_SECONDS):
+        record = read_json(place) if place.is_file() else {}
+        changed = change(record)
+        if changed != record:
+            write_json(place, changed)
 
 
 def save_plot(path: Path, plot: Callable[[], Any]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headwater.cli.common import Session, emit_json, open_session, progress_bar, say
+from headwater.cli.common import Session, emit_json, open_session, progress_bar, say, update_record
 from headwater.cli.flags import RUN, FitInputs, parse, require, to_json
 
 
@@ -90,16 +90,14 @@ def fit_session(session: Session, command: Fit, *, quiet: bool = False) -> Any:
 
 def _record(fitted: Any, command: Fit) -> None:
     """Write down what was asked and what it cost."""
-    from headwater.core.files import read_json, write_json
+    from headwater.core.files import read_json
 
     old = read_json(command.out / RUN) if (command.out / RUN).is_file() else {}
     cost, seconds = old.get("cost", {}), fitted.facts["seconds"]
     if cost.get("fit_seconds") != seconds:  # else the fit was found finished
         cost = {"pass_seconds": _pass_seconds(fitted), "fit_seconds": seconds}
-    write_json(
-        command.out / RUN,
-        old | {"fit": to_json(command), "cost": cost, "traces": old.get("traces", {})},
-    )
+    asked = {"fit": to_json(command), "cost": cost}
+    update_record(command.out, lambda record: {"traces": {}} | record | asked)
 
 
 def _pass_seconds(fitted: Any) -> float:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from headwater.cli.common import Session, emit_json, progress_bar, read_examples, run_session, say
+from headwater.cli.common import (
+    Session,
+    emit_json,
+    progress_bar,
+    read_examples,
+    run_session,
+    say,
+    update_record,
+)
 from headwater.cli.flags import RUN, Actions, require, run_action
 
 if TYPE_CHECKING:
@@ -199,7 +207,6 @@ def _sides(index: "GradientIndex") -> Literal["leading", "random"]:
 
 
 def _add(command: Add) -> int:
-    from headwater.core.files import read_json, write_json
     from headwater.core.index import GradientIndex
 
     session, record = run_session(command.run)
@@ -207,10 +214,14 @@ def _add(command: Add) -> int:
     more = read_examples(
         command.data, _columns(record), session.language, train=session.train, what="added example"
     )
-    record = read_json(command.run / RUN)
-    path, known = str(command.data.resolve()), _added(record, command.run)
-    if path not in known:  # before the rows: however an addition ends, its file is known
-        write_json(command.run / RUN, record | {"index": [*known, path]})
+    path = str(command.data.resolve())
+
+    def noted(record: dict[str, Any]) -> dict[str, Any]:
+        return record | {"index": list(dict.fromkeys([*_added(record, command.run), path]))}
+
+    update_record(
+        command.run, noted
+    )  # before the rows: however an addition ends, its file is known
     with progress_bar(quiet=command.json) as progress:
         index.add(_fit(command.run, session), more, progress=progress)
     return _tell(index, command.json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from headwater.cli.common import Session, read_examples, run_session, say
+from headwater.cli.common import Session, read_examples, run_session, say, update_record
 from headwater.cli.flags import RUN, DataFlags, to_json
 
 if TYPE_CHECKING:
@@ -137,8 +137,8 @@ def _inputs(question: Question) -> list[Any]:
 
 def record_answer(run: Path, group: str, name: str, asked: dict[str, Any]) -> None:
     """Note in the run's record how an answer was asked for."""
-    from headwater.core.files import read_json, write_json
 
-    record = read_json(run / RUN)
-    record.setdefault(group, {})[name] = asked
-    write_json(run / RUN, record)
+    def noted(record: dict[str, Any]) -> dict[str, Any]:
+        return record | {group: record.get(group, {}) | {name: asked}}
+
+    update_record(run, noted)

@@ -152,8 +152,12 @@ def trace(
             and page.is_file()
         )
 
+    def note() -> None:
+        record_answer(command.run, "traces", command.name, asked)
+
     world = current()
     if world.agreed(known):
+        world.first(note)  # which a full disk may have hindered
         return Evidence.load(folder), page
     with progress_bar(quiet=quiet, to=progress) as bar:
         evidence = _trace(command, {"question": digest}, opened, bar, partial)
@@ -161,7 +165,7 @@ def trace(
     def save() -> None:
         evidence.save(folder)
         write_html(evidence, page)
-        record_answer(command.run, "traces", command.name, asked)
+        note()
 
     world.first(save)
     return evidence, page

@@ -69,7 +69,7 @@ def write_json(path: str | Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = sibling(path, f"partial-{token_hex(4)}")
     try:
-        with disk_room(path.parent, len(text)):
+        with disk_room(path, len(text)):
             with HashedFile(partial) as file:
                 file.write(text.encode())
             os.replace(partial, path)
@@ -84,7 +84,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = sibling(path, "partial")
     try:
-        with disk_room(path.parent, len(content)):
+        with disk_room(path, len(content)):
             with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
@@ -163,11 +163,11 @@ class HashedFile(io.FileIO):
 
 
 @contextmanager
-def disk_room(folder: Path, needed: int) -> Iterator[None]:
-    """Check for room before writing `needed` bytes in or beside `folder`; explain a full disk."""
-    place = folder if folder.is_dir() else folder.parent
+def disk_room(path: Path, needed: int) -> Iterator[None]:
+    """Check for room before writing `needed` bytes of a file, or in or beside a folder; explain a full disk."""
+    place = path if path.is_dir() else path.parent
     message = (
-        f"Writing {folder} needs {_amount(needed)}, but the disk of {place} has {{free}} free. "
+        f"Writing {path} needs {_amount(needed)}, but the disk of {place} has {{free}} free. "
         "Make room there, or choose a folder on another disk."
     )
     free = shutil.disk_usage(place).free

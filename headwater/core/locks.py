@@ -2,8 +2,10 @@
 
 import os
 import socket
+import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from headwater.core.files import FolderBusy
@@ -78,6 +80,33 @@ class LockFile:
             return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
         except FileNotFoundError:
             return False
+
+
+@contextmanager
+def waiting(path: Path, folder: Path, seconds: float) -> Iterator[None]:
+    """Hold a lock file while the `with` block runs, as soon as no other process does.
+
+    Args:
+        path: The lock file.
+        folder: What it keeps others out of, for the message.
+        seconds: How long to wait at most.
+
+    Raises:
+        FolderBusy: Another process held it all that time; the message names its number.
+    """
+    lock, until = LockFile(path), time.monotonic() + seconds
+    while True:
+        try:
+            lock.acquire(folder)
+            break
+        except FolderBusy:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _flock(descriptor: int) -> None:

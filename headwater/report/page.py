@@ -25,6 +25,11 @@ _TEXTS = 2_000_000  # characters of whole examples in a file
 # What could end the block, begin a comment or a tag, or a line where JavaScript has no line.
 _ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 View = Callable[[str | Path, str], dict[str, Any]]
+_RESULTS: dict[str, tuple[str, View]] = {
+    "traces": ("trace", views.trace),
+    "verifications": ("verification", views.verification),
+    "timelines": ("timeline", views.timeline),
+}
 _STYLE = re.compile(r"<link[^>]*\bapp\.css\b[^>]*>")
 _SCRIPT = re.compile(r"<script[^>]*\bapp\.js\b[^>]*></script>")
 
@@ -103,8 +108,12 @@ def embedded(run: str | Path, *, examples: int = EXAMPLES) -> dict[str, Any]:
         examples: Most training examples to list.
     """
     overview = views.overview(run)
-    traces, damage = _traces(run)
-    overview["traces"] = [each for each in overview["traces"] if each["name"] in traces]
+    found: dict[str, dict[str, Any]] = {}
+    damage: list[tuple[str, str]] = []
+    for group, (what, view) in _RESULTS.items():
+        found[group], wrong = _results(run, what, view, overview[group])
+        overview[group] = [each for each in overview[group] if each["id"] in found[group]]
+        damage += wrong
     overview["facts"] = [*damage, *overview["facts"]]
     listed, summary = corpus.every(run, examples), corpus.summary(run)
     if listed["total"] > len(listed["rows"]):
@@ -112,11 +121,9 @@ def embedded(run: str | Path, *, examples: int = EXAMPLES) -> dict[str, Any]:
             f" This file lists the {len(listed['rows']):,} of {listed['total']:,} examples that have the largest "
             "self-influence."
         )
-    timelines = [each["name"] for each in overview["timelines"]]
-    verifications = [each["id"] for each in overview["verifications"]]
     wanted = [
         card["number"]
-        for trace in traces.values()
+        for trace in found["traces"].values()
         for answer in trace["answers"]
         for side in answer["sides"]
         for card in side["cards"]
@@ -126,36 +133,25 @@ def embedded(run: str | Path, *, examples: int = EXAMPLES) -> dict[str, Any]:
     wanted += [row["number"] for row in listed["rows"]]
     return {
         "run": overview,
-        "traces": traces,
         "corpus": listed | {"summary": summary},
         "examples": _examples(run, [n for n in dict.fromkeys(wanted) if n is not None]),
         "changes": _changes(run),
-        "verifications": {
-            name: view for name in verifications if (view := _read(views.verification, run, name))
-        },
-        "timelines": {
-            name: view for name in timelines if (view := _read(views.timeline, run, name))
-        },
+        **found,
     }
 
 
-def _traces(run: str | Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The traces that can be read by name, and what is wrong with the others."""
+def _results(
+    run: str | Path, what: str, view: View, listed: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Those of the listed results that can be read, by id, and what is wrong with the others."""
     found, damage = {}, []
-    for name in views.trace_folders(run):
+    for each in listed:
         try:
-            found[visible(name)] = views.trace(run, name)
+            found[each["id"]] = view(run, each["id"])
         except ArtifactError as error:
-            damage.append((visible(f"The trace {name} cannot be read"), visible(str(error))))
+            told = f"The {what} {each.get('name', each['id'])} cannot be read"
+            damage.append((told, visible(str(error))))
     return found, damage
-
-
-def _read(view: View, run: str | Path, name: str) -> dict[str, Any] | None:
-    """A verification or timeline, if it can be read."""
-    try:
-        return view(run, name)
-    except ArtifactError:
-        return None
 
 
 def _changes(run: str | Path) -> dict[str, Any] | None:

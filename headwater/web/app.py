@@ -12,12 +12,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from headwater.core.files import ArtifactDamaged, ArtifactError
+from headwater.core.files import ArtifactDamaged, ArtifactError, OutOfDisk
 from headwater.report.text import visible
+from headwater.report.views.folders import LeadsOut
 from headwater.web import drafts
 from headwater.web.asks import Ask, Changes, Verify
 from headwater.web.engine import Engine
-from headwater.web.folders import inside, named
 from headwater.web.guard import SMALL, Guard, Refused
 from headwater.web.jobs import Ended, Job, QueueFull
 
@@ -80,10 +80,9 @@ def _saved(app: FastAPI, run: Path) -> None:
     def overview() -> Any:
         return _json(views.overview(run))
 
-    @app.get("/api/traces/{name}")
-    def trace(name: str) -> Any:
-        inside(run, named(run, "traces", name, "trace"))
-        return _json(views.trace(run, name))
+    @app.get("/api/traces/{key}")
+    def trace(key: str) -> Any:
+        return _json(views.trace(run, key))
 
     @app.get("/api/corpus")
     def rows(
@@ -104,15 +103,13 @@ def _saved(app: FastAPI, run: Path) -> None:
     def example(number: Annotated[int, PathName(ge=0, lt=2**62)]) -> Any:
         return _json(corpus.example(run, number))
 
-    @app.get("/api/verifications/{name}")
-    def verification(name: str) -> Any:
-        inside(run, run / "verify")
-        return _json(views.verification(run, name))
+    @app.get("/api/verifications/{key}")
+    def verification(key: str) -> Any:
+        return _json(views.verification(run, key))
 
-    @app.get("/api/timelines/{name}")
-    def timeline(name: str) -> Any:
-        inside(run, named(run, "timelines", name, "timeline"))
-        return _json(views.timeline(run, name))
+    @app.get("/api/timelines/{key}")
+    def timeline(key: str) -> Any:
+        return _json(views.timeline(run, key))
 
 
 def _drafts(app: FastAPI, run: Path) -> None:
@@ -211,6 +208,8 @@ def _errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     statuses: list[tuple[type[Exception], int]] = [
         (FileNotFoundError, 404),
+        (LeadsOut, 403),
+        (OutOfDisk, 507),
         (ArtifactDamaged, 409),
         (ArtifactError, 409),
         (Ended, 409),

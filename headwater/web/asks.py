@@ -11,6 +11,7 @@ MAX_TEXT, MAX_NAME, MAX_CHANGES = 50_000, 300, 200_000
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Said = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Key = Annotated[str, Field(min_length=1, max_length=3 * MAX_NAME)]  # of a result of the run
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
@@ -125,7 +126,7 @@ class Verify(Body):
     """Repeat the fine-tuning with changes, and see whether the scores were right."""
 
     kind: Literal["verify"]
-    trace: Name | None = None
+    trace: Key | None = None
     changes: Changes | None = None
     top: Annotated[int, Field(ge=1, le=10_000)] | None = None
     seeds: Annotated[int, Field(ge=1, le=20)] = 1

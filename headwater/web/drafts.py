@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from headwater.core.files import write_json
+from headwater.report.views.folders import inside
 from headwater.report.views.run import changes as shown
 from headwater.training.changes import ChangeSet
 from headwater.web.asks import Changes
-from headwater.web.folders import inside
 
 FILE = "changes.json"
 ABOUT = "about"  # what only the page knows of the examples, in its order
@@ -23,13 +23,10 @@ def save(run: Path, changes: Changes) -> dict[str, Any]:
 
 def load(run: Path) -> dict[str, Any]:
     """The draft as the page shows it; an empty one where there is none."""
-    place = run / FILE
-    inside(run, place)
     return shown(run) or {"name": "changes", "changes": []}
 
 
 def exported(run: Path) -> dict[str, Any]:
     """The draft as training and `headwater verify` take it."""
-    place = run / FILE
-    inside(run, place)
+    place = inside(run, run / FILE)
     return asdict(ChangeSet.load(place) if place.is_file() else ChangeSet())

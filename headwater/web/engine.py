@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from headwater.core.files import OutOfDisk
 from headwater.report.text import visible
 from headwater.web.asks import Ask
 from headwater.web.jobs import ENDED, Ended, Job, Jobs, Live
@@ -216,10 +217,11 @@ class Engine:
             self._running = waiting[0]
             try:
                 await self._run(self._running)
-            except Exception as error:  # the disk is full, or no process can be started
+            except Exception as error:  # no process can be started, or no file written
                 traceback.print_exc()
                 told = f"The job could not be begun or kept: {error or type(error).__name__}"
-                self._running.state, self._running.error = "failed", told
+                with contextlib.suppress(OSError):
+                    self.jobs.end(self._running, "failed", error=visible(told[:MOST_TOLD]))
                 if self._worker is not None:
                     await self._worker.ended()
                     self._worker = None
@@ -229,7 +231,11 @@ class Engine:
     async def _run(self, job: Job) -> None:
         job.state, job.attempts = "running", job.attempts + 1
         job.live, job.stages, job.error = Live(), [], None
-        self.jobs.save(job)
+        try:
+            self.jobs.save(job)
+        except OutOfDisk as error:
+            self.jobs.end(job, "failed", error=visible(str(error)[:MOST_TOLD]))
+            return
         self._tell()
         if self._worker is None or self._worker.gone:  # between jobs it takes none with it
             self._worker = await Worker.start(self._command)

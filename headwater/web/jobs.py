@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from headwater.core.evidence import plain
-from headwater.core.files import ArtifactError, read_json, write_json
+from headwater.core.files import ArtifactError, OutOfDisk, read_json, write_json
 from headwater.report.text import visible
 from headwater.web.asks import Ask
 
@@ -163,7 +163,7 @@ class Jobs:
     def requeue(self, job: Job) -> None:
         """Let a job wait for another attempt, in its old place."""
         job.state, job.progress, job.live = "queued", None, Live()
-        self.save(job)
+        self._keep(job)
 
     def end(self, job: Job, state: State, **told: Any) -> None:
         """Note how a job ended.
@@ -177,7 +177,22 @@ class Jobs:
         for name, value in told.items():
             setattr(job, name, value)
         job.live.partial = []  # what is shown from now on is the saved result
-        self.save(job)
+        self._keep(job)
+
+    def _keep(self, job: Job) -> None:
+        """Write a job's file, on a full disk into the room of its old one: that would have it done again.
+
+        Where there is still no room, the server goes on with what it knows, and says so.
+        """
+        try:
+            self.save(job)
+        except OutOfDisk:
+            (self.folder / f"{job.id}.json").unlink(missing_ok=True)
+            try:
+                self.save(job)
+            except OutOfDisk as error:
+                told = f"job {job.id} is {job.state}, which could not be noted"
+                print(f"headwater: {told}: {error}", file=sys.stderr)
 
     def shown(self, job: Job) -> dict[str, Any]:
         """A job as the page shows it, with its place in the queue, from 1."""

@@ -1,41 +1,19 @@
 """What each kind of job does: it calls what the command line calls, with a model that stays open between jobs."""
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwater.cli.common import Opened, run_session
 from headwater.cli.flags import RUN
-from headwater.core.files import FolderBusy, read_json
+from headwater.core.files import read_json
 from headwater.core.fingerprint import fingerprint_json
-from headwater.core.locks import LockFile
 from headwater.web import asks
 from headwater.web.jobs import ASKS
 
 if TYPE_CHECKING:
     from headwater.core.evidence import Evidence
     from headwater.web.worker import Report
-
-
-@contextlib.contextmanager
-def alone(run: Path, seconds: float) -> Iterator[None]:
-    """Wait until no other worker computes for a run folder, and keep others out."""
-    folder = run / "jobs"
-    lock, until = LockFile(folder / ".worker.lock"), time.monotonic() + seconds
-    while True:
-        try:
-            lock.acquire(folder)
-            break
-        except FolderBusy:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.1)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Work:
@@ -141,9 +119,12 @@ class Work:
         """Repeat the fine-tuning with changes of the data."""
         from headwater.cli.verify import Verify, verify
         from headwater.cli.verify_audit import verify_changes
+        from headwater.report.views.run import trace_folders, verification_id
 
         changes = None if ask.changes is None else ask.changes.to_set()
-        command = Verify(run=self.run, name=ask.trace, top=ask.top or 10, seeds=ask.seeds)
+        traced = trace_folders(self.run).get(ask.trace or "")
+        name = ask.trace if traced is None else traced.name
+        command = Verify(run=self.run, name=name, top=ask.top or 10, seeds=ask.seeds)
         command.check()
         shared: dict[str, Any] = {
             "quiet": True,
@@ -154,7 +135,7 @@ class Work:
             _, place = verify_changes(command, changes, **shared)
         else:
             _, place = verify(command, changes, **shared)
-        return {"verification": f"{place.parent.name}-{place.stem}"}
+        return {"verification": verification_id(place)}
 
     def timeline(self, ask: asks.Timeline, report: "Report") -> dict[str, Any]:
         """Follow a completion through the fine-tuning."""

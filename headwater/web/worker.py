@@ -107,7 +107,7 @@ def main(folder: str) -> None:
     if hasattr(os, "nice"):
         os.nice(5)  # the page comes first
     sys.stdout = sys.stderr
-    waiting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    taken: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     stopped: set[str] = set()
 
     def listen() -> None:
@@ -116,7 +116,7 @@ def main(folder: str) -> None:
             if "cancel" in message:
                 stopped.add(message["cancel"])
             else:
-                waiting.put(message)
+                taken.put(message)
         os._exit(0)  # the server is gone; all that is saved is whole
 
     def send(message: dict[str, Any]) -> None:
@@ -125,12 +125,14 @@ def main(folder: str) -> None:
             line = line[out.write(line) :]
 
     threading.Thread(target=listen, daemon=True).start()
-    from headwater.web.work import Work, alone
+    from headwater.core.locks import waiting
+    from headwater.web.work import Work
 
-    with alone(Path(folder), LOCK_SECONDS):
+    jobs = Path(folder) / "jobs"
+    with waiting(jobs / ".worker.lock", jobs, LOCK_SECONDS):  # until the last worker is gone
         work = Work(Path(folder))
         while True:
-            run(waiting.get(), work, send, stopped)
+            run(taken.get(), work, send, stopped)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -148,18 +147,6 @@ def test_a_command_that_ends_between_two_writes_goes_on(action, templates, runs,
         shutil.rmtree(folder)
         calls = 3 * calls + 1  # denser at the beginning
     assert ended >= 2
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of 24 MB of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
-    if subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.parametrize("action", ACTIONS)

@@ -143,6 +143,7 @@ def test_marks_are_collected_undone_and_exported(visit, place, tmp_path):
     page.keyboard.press("x")
     cards.nth(1).get_by_role("button", name="Duplicate").click()
     cards.nth(2).get_by_role("button", name="Weight…").click()
+    expect(cards.nth(2).get_by_label("Counts so many times")).to_be_focused()
     page.keyboard.type("3.5")
     page.keyboard.press("Enter")
     cards.nth(3).get_by_role("button", name="Keep").click()

@@ -166,20 +166,35 @@ def test_one_damaged_result_hides_no_other_from_the_file(static, tmp_path):
     (run / "verify" / "trace" / "reversed\u202e.json").write_text('{"outcomes": []}')
     (run / "changes.json").write_text('{"remove": ["a", "a"]}')
     found = data(page.render_report(run, static=static))
-    assert list(found["traces"]) == ["trace"] == [t["name"] for t in found["run"]["traces"]]
+    assert list(found["traces"]) == ["trace"] == [t["id"] for t in found["run"]["traces"]]
     assert found["run"]["facts"][0][0] == "The trace lava cannot be read"
     assert list(found["verifications"]) == ["trace-0000000000000007"]
     assert found["timelines"] and found["changes"] is None
 
 
-def test_a_trace_whose_name_holds_hidden_characters_is_found_by_the_name_that_is_shown(
+def test_results_whose_names_hold_hidden_characters_are_found_by_the_id_that_is_listed(
     static, tmp_path
 ):
     run = runs.plain_run(tmp_path / "run", n=16)
-    (run / "traces" / "lava").rename(run / "traces" / "la\u202eva")
+    for group, name in (("traces", "lava"), ("timelines", "timeline"), ("verify", "trace")):
+        (run / group / name).rename(run / group / "la\u202eva")
     found = data(page.render_report(run, static=static))
-    assert (
-        {t["name"] for t in found["run"]["traces"]}
-        == set(found["traces"])
-        == {"trace", "la⟨RLO⟩va"}
-    )
+    for kind in ("traces", "timelines", "verifications"):
+        ids = [each["id"] for each in found["run"][kind]]
+        assert set(ids) == set(found[kind]) and [v["id"] for v in found[kind].values()] == [
+            *found[kind]
+        ]
+        assert any(i.startswith("la%E2%80%AEva") for i in ids)
+    assert {t["name"] for t in found["traces"].values()} == {"trace", "la⟨RLO⟩va"}
+
+
+def test_results_with_a_link_that_leads_out_of_the_run_are_left_out_and_it_is_said(
+    static, tmp_path
+):
+    found = data(page.render_report(runs.linked_run(tmp_path), static=static))
+    assert list(found["traces"]) == ["trace"] and found["timelines"] == {}
+    assert [t["id"] for t in found["run"]["traces"]] == ["trace"]
+    told = dict(found["run"]["facts"])
+    assert told["The trace lava cannot be read"].startswith("'notes.txt' is a link that leads out")
+    assert told["The timeline timeline cannot be read"].startswith("'data' is a link that leads")
+    assert "of another folder" not in json.dumps(found)

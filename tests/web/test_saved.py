@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from urllib.parse import unquote
+import shutil
+from urllib.parse import quote, unquote
 
 import pytest
 
@@ -13,7 +14,7 @@ from headwater.training.changes import ChangeSet
 from headwater.web.app import make_app
 from headwater.web.engine import Engine
 from headwater.web.jobs import Jobs
-from tests.runs import hostile_run, plain_run
+from tests.runs import hostile_run, linked_run, plain_run
 from tests.web_cases import OWN, PORT, TOKEN, with_client
 
 SECRET = "a secret of this machine"
@@ -61,13 +62,42 @@ def asking_as_it_stands(run, path: str) -> tuple[int, str]:
 def test_every_saved_result_that_the_overview_names_is_found(run):
     overview = asking(run, "GET", "/api/run").json()
     found = [
-        *(f"/api/traces/{each['name']}" for each in overview["traces"]),
+        *(f"/api/traces/{each['id']}" for each in overview["traces"]),
         *(f"/api/verifications/{each['id']}" for each in overview["verifications"]),
-        *(f"/api/timelines/{each['name']}" for each in overview["timelines"]),
+        *(f"/api/timelines/{each['id']}" for each in overview["timelines"]),
     ]
     answers = [asking(run, "GET", path) for path in found]
     assert len(found) >= 4 and all(a.status_code == 200 for a in answers)
     assert answers[0].json()["answers"][0]["sides"][0]["name"] == "raised"
+
+
+HIDDEN = [
+    "la\u202eva",
+    "la\u200bva",
+    "la\nva",
+    "la\x1b[31mva",
+    "50% of\u2066 it",
+    "la⟨RLO⟩va",
+    "ü#?;",
+]
+
+
+def test_results_whose_names_hold_hidden_characters_are_opened_by_the_id_that_is_listed(tmp_path):
+    run = plain_run(tmp_path / "run", n=16)
+    for name in HIDDEN:
+        for group, saved in (("traces", "lava"), ("timelines", "timeline"), ("verify", "trace")):
+            shutil.copytree(run / group / saved, run / group / name)
+    overview = asking(run, "GET", "/api/run").json()
+    for group, view in (
+        ("traces", "traces"),
+        ("timelines", "timelines"),
+        ("verify", "verifications"),
+    ):
+        ids = [each["id"] for each in overview[view]]
+        answers = [asking(run, "GET", f"/api/{view}/{quote(i, safe='')}") for i in ids]
+        assert [a.status_code for a in answers] == [200] * len(list((run / group).iterdir()))
+        assert [a.json()["id"] for a in answers] == ids and len(set(ids)) == len(ids)
+        assert all(i.isprintable() for i in ids)
 
 
 def test_the_corpus_is_read_in_pages(run):
@@ -129,21 +159,24 @@ def test_only_the_files_of_the_page_are_served(run, name):
 
 
 @pytest.mark.parametrize("group", ["traces", "timelines"])
-def test_a_folder_that_is_a_link_out_of_the_run_is_refused(run, group):
+def test_a_folder_that_is_a_link_out_of_the_run_is_not_there(run, group):
     link = run / group / "linked"
     link.symlink_to(run.parent / "outside", target_is_directory=True)
     try:
         answer = asking(run, "GET", f"/api/{group}/linked")
-        inner = run / group / "inner"
-        inner.mkdir()
-        (inner / "manifest.json").symlink_to(run.parent / "secret.json")
-        within = asking(run, "GET", f"/api/{group}/inner")
-        (inner / "manifest.json").unlink()
-        inner.rmdir()
     finally:
         link.unlink()
-    assert answer.status_code == within.status_code == 403
-    assert "leads out of the run" in answer.json()["error"] and SECRET not in within.text
+    assert answer.status_code == 404 and SECRET not in answer.text
+
+
+def test_a_result_with_a_file_that_is_a_link_out_of_the_run_is_refused(tmp_path):
+    run = linked_run(tmp_path)
+    listed = asking(run, "GET", "/api/run").json()
+    for group, place in (("traces", "lava"), ("timelines", "timeline")):
+        answer = asking(run, "GET", f"/api/{group}/{place}")
+        assert answer.status_code == 403 and "leads out of the run" in answer.json()["error"]
+        assert place in [each["id"] for each in listed[group]]
+    assert next(t for t in listed["traces"] if t["id"] == "lava")["asked"] == []
 
 
 def test_a_verification_that_is_a_link_out_of_the_run_is_refused(run):
@@ -188,7 +221,7 @@ def test_what_goes_wrong_unexpectedly_is_one_plain_sentence(run, monkeypatch):
 def test_hostile_results_are_valid_json_with_the_right_type(tmp_path):
     run = hostile_run(tmp_path / "run", n=20)
     paths = ["/api/run", "/api/corpus?limit=500", "/api/corpus/summary", "/api/examples/3"]
-    paths += [f"/api/traces/{t['name']}" for t in asking(run, "GET", "/api/run").json()["traces"]]
+    paths += [f"/api/traces/{t['id']}" for t in asking(run, "GET", "/api/run").json()["traces"]]
     answers = [asking(run, "GET", path) for path in paths]
     assert all(a.status_code == 200 and a.json() for a in answers)
     assert {a.headers["content-type"] for a in answers} == {"application/json"}

@@ -230,6 +230,7 @@ class _Shown:
             },
             "copies": max(len(copies), 1),
             "copy_ids": [Named(name) for name in copies],
+            "copy_numbers": [self.known.numbers.get(name) for name in copies],
             "query_heat": self.query_pieces(influencer),
         }
 

@@ -6,10 +6,11 @@ saved traces know, and the summary says so.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from headwater.core.scores import from_column
 from headwater.core.store import Artifact
 from headwater.report import text
 from headwater.report.views.answer import CELL, NAME, Named, harmless, minus
+from headwater.report.views.folders import folders, inside
 
 FOLDER = "corpus"
 SORTS = ("number", "length", "loss", "self_influence")
@@ -29,6 +31,29 @@ MOST = 500  # rows of a page
 TEXT = 100_000  # characters of an example that are shown
 _HELD = 8  # searches, and groups of texts, that are kept at hand
 _BINS, _SHOWN, _MEMBERS, _KINDS = 40, 50, 20, 200
+
+
+class _Held:
+    """What was worked out last, kept for whichever of a server's threads asks next.
+
+    Args:
+        most: How much of it to keep.
+    """
+
+    def __init__(self, most: int):
+        self._most, self._values, self._lock = most, {}, Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of a key; made where it is not at hand, by two threads at worst."""
+        with self._lock:
+            if key in self._values:
+                return self._values[key]
+        value = make()
+        with self._lock:
+            while len(self._values) >= self._most:
+                del self._values[next(iter(self._values))]
+            self._values[key] = value
+        return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +77,9 @@ class _Known:
     texts: Mapping[int, str] = field(default_factory=dict)
     metadata: Mapping[int, dict[str, Any]] = field(default_factory=dict)
     numbered: bool = True
-    _orders: dict[tuple[str, bool], np.ndarray] = field(default_factory=dict)
-    _found: dict[Any, np.ndarray] = field(default_factory=dict)
-    _parts: dict[tuple[str, int], Any] = field(default_factory=dict)
+    _orders: _Held = field(default_factory=lambda: _Held(2 * len(SORTS)))
+    _found: _Held = field(default_factory=lambda: _Held(_HELD))
+    _parts: _Held = field(default_factory=lambda: _Held(_HELD))
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, NaN where one is missing."""
@@ -62,37 +87,25 @@ class _Known:
 
     def order(self, name: str, *, descending: bool = False) -> np.ndarray:
         """Rows by a column; equal ones as they stand, missing ones last."""
-        if (name, descending) not in self._orders:
+
+        def make() -> np.ndarray:
             values = self.column(name)
-            self._orders[name, descending] = np.argsort(
-                -values if descending else values, kind="stable"
-            )
-        return self._orders[name, descending]
+            return np.argsort(-values if descending else values, kind="stable")
+
+        return self._orders.get((name, descending), make)
 
     def stored(self, table: str, place: int) -> dict[str, Any]:
         """A row of a table of the survey; those that were stored with it are at hand for the next."""
         assert self.artifact is not None
-        start = place - place % GROUP
-        part = self._parts.get((table, start))
-        if part is None:
-            part = self.artifact.rows(table, start, start + GROUP)
-            while len(self._parts) >= _HELD:
-                self._parts.pop(next(iter(self._parts)), None)
-            self._parts[table, start] = part
+        artifact, start = self.artifact, place - place % GROUP
+        part = self._parts.get((table, start), lambda: artifact.rows(table, start, start + GROUP))
         return part.slice(place - start, 1).to_pylist()[0]
 
     def matching(self, source: str | None, search: str | None) -> np.ndarray | None:
         """Which rows have a source and hold a text; None for all."""
-        key = source, search
-        if key == (None, None):
+        if source is None and search is None:
             return None
-        if key not in self._found:
-            found = self._match(source, search)
-            while len(self._found) >= _HELD:
-                self._found.pop(next(iter(self._found)), None)
-            self._found[key] = found
-            return found
-        return self._found[key]
+        return self._found.get((source, search), lambda: self._match(source, search))
 
     def _match(self, source: str | None, search: str | None) -> np.ndarray:
         import pyarrow as pa
@@ -479,14 +492,12 @@ def _listed(
 
 def _evidence(run: Path) -> list[Evidence]:
     """The saved traces; one that cannot be read is left out."""
-    folder, found = run / "traces", []
-    own = folder.is_dir() and not folder.is_symlink()
-    for place in sorted(folder.iterdir()) if own else []:
-        if place.is_dir() and not place.is_symlink() and not place.name.startswith("."):
-            try:
-                found.append(_loaded(str(place), stamp(place)))
-            except ArtifactError:
-                continue
+    found = []
+    for place in folders(run / "traces").values():
+        try:
+            found.append(_loaded(str(inside(run, place)), stamp(place)))
+        except ArtifactError:
+            continue
     return found
 
 

@@ -1,11 +1,10 @@
 """A run folder as a page shows it: what it holds, what it cost, its curvature's spectrum, and each saved result.
 
-Everything is read from the folder, as much as is shown and not more; nothing is computed with the model. Names come
-from the folder's own listing, so that no name leads out of it.
+Everything is read from the folder, as much as is shown and not more; nothing is computed with the model. Results are
+asked for by the ids of the folder's own listing, so that none leads out of it.
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from headwater.core.store import Artifact
 from headwater.report import text
 from headwater.report.views import corpus
 from headwater.report.views.answer import CELL, NAME, Named, harmless, minus, trace_view
+from headwater.report.views.folders import folders, id_of, inside
 from headwater.trace.timeline import Timeline
 from headwater.training.changes import ChangeSet
 from headwater.training.trajectory import FILE as TRAJECTORY
@@ -72,10 +72,12 @@ def overview(run: str | Path) -> dict[str, Any]:
             "coverage": _coverage(fit),
             "traces": named,
             "verifications": [
-                {"id": name, "title": _title(path, found)}
-                for name, (path, found) in _readable(run).items()
+                {"id": key, "title": _title(path, found)}
+                for key, (path, found) in _readable(run).items()
             ],
-            "timelines": [{"name": name} for name in _timelines(run)],
+            "timelines": [
+                {"id": key, "name": folder.parent.name} for key, folder in _timelines(run).items()
+            ],
         }
     )
 
@@ -107,52 +109,60 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def traces(run: str | Path) -> list[dict[str, Any]]:
-    """Names of the saved traces with what each asked, the newest first."""
+    """Ids and names of the saved traces with what each asked, the newest first."""
     return [
         {
-            "name": name,
+            "id": key,
+            "name": folder.name,
             "asked": [
                 {"prompt": text.shortened(p, NAME * 4), "completion": text.shortened(c, NAME * 4)}
-                for p, c in _asked(folder)
+                for p, c in _asked(run, folder)
             ],
         }
-        for name, folder in trace_folders(run).items()
+        for key, folder in trace_folders(run).items()
     ]
 
 
 def trace_folders(run: str | Path) -> dict[str, Path]:
-    """Folders of the saved traces by name, the newest first."""
-    found = _folders(Path(run) / "traces")
+    """Folders of the saved traces by id, the newest first."""
+    found = folders(Path(run) / "traces")
     return dict(sorted(found.items(), key=lambda pair: (-_time(pair[1]), pair[0])))
 
 
-def trace(run: str | Path, name: str) -> dict[str, Any]:
+def trace(run: str | Path, key: str) -> dict[str, Any]:
     """A saved trace, with the numbers of its examples where they are known.
 
     Raises:
-        ArtifactMissing: There is no trace of that name.
+        ArtifactMissing: There is no trace of that id.
+        LeadsOut: A file of it is a link that leads out of the run.
     """
-    folder = _named(trace_folders(run), name, "trace")
-    return trace_view(Evidence.load(folder), name, corpus.numbers(run))
+    folder = _of_id(run, trace_folders(run), key, "trace")
+    return {"id": key} | trace_view(Evidence.load(folder), folder.name, corpus.numbers(run))
 
 
-def verification(run: str | Path, name: str) -> dict[str, Any]:
+def verification(run: str | Path, key: str) -> dict[str, Any]:
     """A saved verification: predicted beside actual changes, the random control among them.
 
     Raises:
         ArtifactMissing: There is no verification of that id.
+        LeadsOut: A file of it is a link that leads out of the run.
     """
-    path = _named(_verifications(Path(run)), name, "verification")
+    path = _of_id(run, _verifications(Path(run)), key, "verification")
     found = Verification.load(path)
-    return verification_view(found, name, _title(path, found))
+    return verification_view(found, key, _title(path, found))
 
 
-def verification_view(found: Verification, name: str = "", title: str = "") -> dict[str, Any]:
+def verification_id(path: Path) -> str:
+    """What the verification in a file is asked for by."""
+    return id_of(f"{path.parent.name}-{path.stem}")
+
+
+def verification_view(found: Verification, key: str = "", title: str = "") -> dict[str, Any]:
     """A verification as pages show it."""
     digits = text.decimals(v for o in found.outcomes for v in (o.predicted, o.actual))
     return harmless(
         {
-            "id": name,
+            "id": key,
             "title": title or _described(found),
             "told": _verdict(found),
             "rows": [
@@ -180,15 +190,17 @@ def verification_view(found: Verification, name: str = "", title: str = "") -> d
     )
 
 
-def timeline(run: str | Path, name: str) -> dict[str, Any]:
+def timeline(run: str | Path, key: str) -> dict[str, Any]:
     """A saved timeline: what each stretch of training added to each query.
 
     Raises:
-        ArtifactMissing: There is no timeline of that name.
+        ArtifactMissing: There is no timeline of that id.
+        LeadsOut: A file of it is a link that leads out of the run.
     """
-    folder = _named(_timelines(Path(run)), name, "timeline")
+    folder = _of_id(run, _timelines(Path(run)), key, "timeline")
+    name = folder.parent.name
     asked = _mapping(run_record(run)["timelines"].get(name))
-    return timeline_view(Timeline.load(folder), name, asked.get("source"))
+    return {"id": key} | timeline_view(Timeline.load(folder), name, asked.get("source"))
 
 
 def timeline_view(found: Timeline, name: str = "", column: str | None = None) -> dict[str, Any]:
@@ -236,8 +248,9 @@ def changes(run: str | Path) -> dict[str, Any] | None:
 
     Raises:
         ArtifactDamaged: The file is no change set.
+        LeadsOut: It is a link that leads out of the run.
     """
-    path = Path(run) / CHANGES
+    path = inside(run, Path(run) / CHANGES)
     if path.is_symlink() or not path.is_file():
         return None
     found, about = ChangeSet.load(path), read_json(path).get("about")
@@ -349,9 +362,9 @@ def _fit(run: Path) -> tuple[Artifact | None, list[tuple[str, str]]]:
 def _readable(run: Path) -> dict[str, tuple[Path, Verification]]:
     """The verifications; a file that holds none is left out."""
     found = {}
-    for name, path in _verifications(run).items():
+    for key, path in _verifications(run).items():
         try:
-            found[name] = path, Verification.load(path)
+            found[key] = path, Verification.load(path)
         except ArtifactError:
             continue
     return found
@@ -363,7 +376,7 @@ def _n_train(run: Path, fit: Artifact | None) -> int | None:
         return known
     if fit is not None and "n_train" in fit.facts:
         return int(fit.facts["n_train"])
-    told = [facts.get("n_train") for facts in map(_trace_facts, trace_folders(run).values())]
+    told = [_trace_facts(run, folder).get("n_train") for folder in trace_folders(run).values()]
     if any(told):
         return max(int(n) for n in told if n)
     if fit is not None and "n_folds" in fit.tensor_names:
@@ -402,22 +415,22 @@ def _costs(run: Path, record: Mapping[str, Any], fit: Artifact | None) -> list[d
     if seconds is None and fit is not None:
         seconds = fit.facts.get("fit", {}).get("seconds")
     rows = [] if fit is None else [_cost("fit", seconds, unit)]
-    for name, folder in trace_folders(run).items():
-        facts = _trace_facts(folder)
+    for folder in trace_folders(run).values():
+        facts = _trace_facts(run, folder)
         spent, passes = facts.get("seconds"), facts.get("cost")
         spent = spent.get("trace") if isinstance(spent, dict) else spent
         passes = passes.get("trace") if isinstance(passes, dict) else passes
         if spent is None and "seconds_search" in facts:
             spent = facts.get("seconds_queries", 0.0) + facts["seconds_search"]
-        rows.append(_cost(f"trace {name}", spent, unit, passes))
+        rows.append(_cost(f"trace {folder.name}", spent, unit, passes))
     known = corpus.facts(run)
     if known is not None:
         passes, told = known.get("n_passes"), str(known.get("passes", ""))
         rows.append(_cost("survey", known.get("seconds"), None, passes, "" if passes else told))
-    for name, (_, found) in _readable(run).items():
+    for key, (_, found) in _readable(run).items():
         runs = found.facts.get("runs")
         told = "" if runs is None else f"{runs} trainings"
-        rows.append(_cost(f"verification {name}", None, unit, told=told))
+        rows.append(_cost(f"verification {key}", None, unit, told=told))
     return rows
 
 
@@ -479,43 +492,36 @@ def _numel(layer: Mapping[str, Any]) -> int:
     return sum(math.prod(shape) for shape in layer.get("shapes", [])) or math.prod(layer["shape"])
 
 
-def _asked(folder: Path) -> list[tuple[str, str]]:
+def _asked(run: str | Path, folder: Path) -> list[tuple[str, str]]:
     """Prompts and completions of a saved trace, without its examples."""
     try:
-        table = Artifact.open(folder, "evidence").table("answers").select(["prompt", "completion"])
+        artifact = Artifact.open(inside(run, folder), "evidence")
+        table = artifact.table("answers").select(["prompt", "completion"])
     except ArtifactError:
         return []
     return [(row["prompt"], row["completion"]) for row in table.to_pylist()]
 
 
-def _trace_facts(folder: Path) -> dict[str, Any]:
+def _trace_facts(run: Path, folder: Path) -> dict[str, Any]:
     try:
-        return Artifact.open(folder, "evidence").facts
+        return Artifact.open(inside(run, folder), "evidence").facts
     except ArtifactError:
         return {}
 
 
-def _folders(place: Path) -> dict[str, Path]:
-    """Folders of a folder by name; hidden ones are unfinished, and links are not followed."""
-    if place.is_symlink() or not place.is_dir():
-        return {}
-    with os.scandir(place) as entries:
-        found = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
-    return {name: place / name for name in sorted(found) if not name.startswith(".")}
-
-
 def _timelines(run: Path) -> dict[str, Path]:
-    found = _folders(run / "timelines")
-    return {name: folder / "data" for name, folder in found.items() if (folder / "data").is_dir()}
+    """Folders of the timelines by id."""
+    found = folders(run / "timelines")
+    return {key: folder / "data" for key, folder in found.items() if (folder / "data").is_dir()}
 
 
 def _verifications(run: Path) -> dict[str, Path]:
     """Files of the verifications by id, the newest first."""
     found = {}
-    for group, folder in _folders(run / "verify").items():
+    for folder in folders(run / "verify").values():
         for path in folder.glob("*.json"):
             if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
-                found[f"{group}-{path.stem}"] = path
+                found[verification_id(path)] = path
     return dict(sorted(found.items(), key=lambda pair: (-pair[1].stat().st_mtime_ns, pair[0])))
 
 
@@ -555,11 +561,11 @@ def _largest(totals: Mapping[str, float], most: int = 8) -> list[tuple[str, floa
     return sorted(totals.items(), key=lambda pair: -abs(pair[1]))[:most]
 
 
-def _named(found: Mapping[str, Path], name: str, what: str) -> Path:
-    if name not in found:
+def _of_id(run: str | Path, found: Mapping[str, Path], key: str, what: str) -> Path:
+    if key not in found:
         there = ", ".join(text.shortened(n, NAME) for n in list(found)[:8]) or "none"
-        raise ArtifactMissing(f"There is no {what} {name!r}; there are: {there}.")
-    return found[name]
+        raise ArtifactMissing(f"There is no {what} {key!r}; there are: {there}.")
+    return inside(run, found[key])
 
 
 def _time(folder: Path) -> int:

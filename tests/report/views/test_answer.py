@@ -71,9 +71,10 @@ def test_examples_of_one_text_are_one_card_with_the_ids_of_all():
 def test_near_duplicates_that_a_search_merged_are_counted():
     answer = samples.answer(0)
     name = answer.raised[0].example_id
-    view = trace_view(Evidence(answers=(answer,), facts={"copies": {name: [name, "b", "c"]}}))
-    first = view["answers"][0]["sides"][0]["cards"][0]
+    found = Evidence(answers=(answer,), facts={"copies": {name: [name, "b", "c"]}})
+    first = trace_view(found, "trace", {name: 4, "c": 9})["answers"][0]["sides"][0]["cards"][0]
     assert (first["copies"], first["copy_ids"]) == (3, [name, "b", "c"])
+    assert first["copy_numbers"] == [4, None, 9]
 
 
 def test_what_an_example_did_to_each_token_of_the_completion_is_heat():

@@ -1,15 +1,20 @@
 """Views of the training data: the survey's own numbers, in every order, quickly, with nothing raw but ids."""
 
 import json
+import random
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from headwater.core.evidence import Evidence
 from headwater.core.files import ArtifactMissing
+from headwater.core.store import Artifact
 from headwater.report.views import corpus
 from tests import runs
 from tests.index_builds import N, build, small_fit
@@ -205,3 +210,35 @@ def test_pages_of_a_hundred_thousand_examples_take_little_time(tmp_path):
     assert float(np.median(took)) < 0.25  # 2 ms without the checks of types that run here
     assert corpus.example(run, 99_999)["number"] == 99_999
     assert torch.is_tensor(runs.survey().first)
+
+
+@pytest.fixture
+def hasty():
+    """Threads that are changed at every step."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_that_search_and_read_at_once_find_what_one_finds(plain, monkeypatch, hasty):
+    words = {str(i): np.array([i]) for i in range(12)}  # more than are kept
+    survey = corpus._known(plain).artifact
+    known = corpus._Known(table=None, told="", source_column=None, artifact=survey)
+    monkeypatch.setattr(corpus._Known, "_match", lambda self, source, search: words[search])
+    monkeypatch.setattr(
+        Artifact, "rows", lambda self, table, a, b: pa.table({"number": range(a, b)})
+    )
+
+    def look(seed: int) -> bool:
+        draw, right = random.Random(seed), True
+        for i in range(6_000):
+            word = str(draw.randrange(12))
+            right &= known.matching(None, word) is words[word]
+            if i % 20 == 0:
+                place = draw.randrange(12 * corpus.GROUP)
+                right &= known.stored("train", place) == {"number": place}
+        return right
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(look, range(8))) == [True] * 8

@@ -10,6 +10,7 @@ from headwater.core.files import ArtifactDamaged, ArtifactMissing, read_json, wr
 from headwater.core.fit import Fit
 from headwater.core.store import Artifact
 from headwater.report.views import run
+from headwater.report.views.folders import LeadsOut
 from headwater.trace.timeline import Timeline
 from headwater.training.verify import Verification
 from tests import runs
@@ -34,7 +35,7 @@ def test_the_overview_names_what_the_folder_holds(plain):
             "completion": " a dark rock called basalt, which makes up most of the ocean floor.",
         }
     ]
-    assert view["timelines"] == [{"name": "timeline"}]
+    assert view["timelines"] == [{"id": "timeline", "name": "timeline"}]
     assert view["columns"] == ["title", "topic", "year"]
     assert json.loads(json.dumps(view, allow_nan=False)) == view
 
@@ -233,4 +234,6 @@ def test_folders_that_lead_out_of_the_run_are_not_read(tmp_path):
         (place / name).symlink_to(other / name)
     view = run.overview(place)
     assert view["traces"] == view["verifications"] == view["timelines"] == []
-    assert not view["has"]["survey"] and view["columns"] == [] and run.changes(place) is None
+    assert not view["has"]["survey"] and view["columns"] == []
+    with pytest.raises(LeadsOut, match=r"changes.json' is a link that leads out of the run"):
+        run.changes(place)
