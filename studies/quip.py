@@ -143,7 +143,9 @@ def calibration_and_heldout(tokenizer: Any) -> tuple[Examples, Examples]:
     for texts in (shuffled(extracts())[:1200], shuffled(reference)):
         for half, some, n in zip(halves, (texts[::2], texts[1::2]), (STRETCHES, 8), strict=True):
             half += sequences(tokenizer("\n\n".join(some))["input_ids"], n)
-    return DatasetExamples(halves[0]), DatasetExamples(halves[1])
+    # With lengths, batches are bounded in tokens; 128 stretches at once would take 17 GB.
+    calibration, heldout = (DatasetExamples(h, lengths=[POS] * len(h)) for h in halves)
+    return calibration, heldout
 
 
 def nats(model: torch.nn.Module, examples: Examples, n_tokens: int = POS) -> list[float]:
@@ -567,14 +569,15 @@ def layers_tables(folder: Path) -> None:
             print(f"| {entry['layer']} | {entry['with D']['mu_W_turned']:.1f} | {cells} |")
     kept = read(folder, Row("layers tokens"))
     if kept:
-        print("\n| layer, 2 bits | rounding | H of 4,096 tokens: same / others | 12,288 |")
-        print("|---|---|---|---|")
-        by = {(e["layer"], e["rounding"], e["tokens"]): e for e in kept["rows"]}
-        for name in HUNGRY:
-            for rounding in ROUNDINGS:
-                some = (by[name, rounding, tokens] for tokens in (4096, 12288))
-                cells = [f"{100 * e['same']:.1f} / {100 * e['others']:.1f}" for e in some]
-                print(f"| {name} | {NAMES[rounding]} | {' | '.join(cells)} |")
+        heads = " | ".join(f"H of {tokens:,} tokens: same / others" for tokens in TOKENS)
+        print(
+            f"\n| layer, 2 bits | rounding | damping | {heads} |\n|---|---|---|{'---|' * len(TOKENS)}"
+        )
+        by = {(e["layer"], e["rounding"], e["damping"], e["tokens"]): e for e in kept["rows"]}
+        for name, rounding, damping in itertools.product(HUNGRY, ROUNDINGS, DAMPINGS):
+            some = (by[name, rounding, damping, tokens] for tokens in TOKENS)
+            cells = [f"{100 * e['same']:.1f} / {100 * e['others']:.1f}" for e in some]
+            print(f"| {name} | {NAMES[rounding]} | {damping:g} | {' | '.join(cells)} |")
 
 
 def main(
