@@ -219,9 +219,8 @@ def _add(command: Add) -> int:
     def noted(record: dict[str, Any]) -> dict[str, Any]:
         return record | {"index": list(dict.fromkeys([*_added(record, command.run), path]))}
 
-    update_record(
-        command.run, noted
-    )  # before the rows: however an addition ends, its file is known
+    # Before the rows: however an addition ends, its file is known.
+    update_record(command.run, noted)
     with progress_bar(quiet=command.json) as progress:
         index.add(_fit(command.run, session), more, progress=progress)
     return _tell(index, command.json)
